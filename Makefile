@@ -1,0 +1,49 @@
+.PHONY: help setup demo lab export run readme docs check test test-all bench clean
+PY ?= python3
+VENV ?= .venv
+N ?= 2
+BIN = $(VENV)/bin
+TOOL = $(BIN)/python nbs/_tools
+PYTEST = $(BIN)/python -m pytest -n $(N) --dist worksteal
+META = settings.ini setup.py pyproject.toml constraints.txt
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e
+
+help:      ## show this list
+	@sed -n 's/^\([a-z-]*\): .*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+setup:     $(VENV)/.dev ## install the package and all tools into .venv
+demo:      $(VENV)/.train ## train a small Reformer and let it write, in a few minutes on a CPU
+	$(BIN)/reformer-nb train --out out/demo
+lab:       $(VENV)/.dev ## open the notebooks
+	$(BIN)/jupyter lab --notebook-dir nbs
+export:    $(VENV)/.dev ## notebooks -> reformer_nb
+	$(TOOL)/export.py
+run:       $(VENV)/.dev ## run notebooks, store their outputs; NB="nbs/01_hashing.ipynb" FLAGS="slow cuda"
+	$(TOOL)/nbrun.py $(NB) --flags "$(FLAGS)"
+readme:    $(VENV)/.dev ## nbs/index.ipynb -> README.md
+	$(TOOL)/readme.py
+docs:      $(VENV)/.dev ## notebooks and their stored outputs -> docs
+	$(TOOL)/docs.py
+check:     $(VENV)/.dev ## lint, and see whether all that is made from the notebooks is up to date
+	$(TOOL)/check.py
+test:      check ## the check, then every notebook and tests/
+	$(PYTEST)
+test-all:  check ## the same with whole grids and slow cells and tests
+	$(PYTEST) --all --flags "slow $(FLAGS)"
+bench:     $(VENV)/.bench ## run the comparisons of nbs/experiments, slow cells included
+	$(TOOL)/nbrun.py nbs/experiments --flags "slow $(FLAGS)"
+clean:     ## remove what builds and runs leave; .venv stays
+	rm -rf _proc build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3,11))' || \
+	  { $(PY) --version; echo 'Python 3.11 or newer is needed; name one, as in: make PY=python3.12'; exit 1; }
+	$(PY) -m venv $(VENV)
+$(VENV)/.train: $(META) | $(BIN)/python
+	$(INSTALL) '.[train]'
+	@touch $@
+$(VENV)/.dev: $(META) | $(BIN)/python
+	$(INSTALL) '.[dev]'
+	@touch $@ $(VENV)/.train
+$(VENV)/.bench: $(META) | $(BIN)/python
+	$(INSTALL) '.[dev,bench]'
+	@touch $@ $(VENV)/.dev $(VENV)/.train

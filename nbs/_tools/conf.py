@@ -1,0 +1,50 @@
+"Settings of Sphinx, which reads what prep.py wrote"
+import re, sys
+from pathlib import Path
+from docutils import nodes
+from sphinx.domains.math import MathDomain
+sys.path.insert(0, str(Path(__file__).parent))
+from common import cfg, root  # noqa: E402
+sys.path.insert(0, str(root))   # [source] pages show this checkout, whatever is installed
+
+project,author,release,copyright = cfg.title,cfg.author,cfg.version,cfg.copyright
+extensions = ['myst_nb', 'sphinx.ext.mathjax', 'sphinx.ext.viewcode', 'sphinx_copybutton', 'sphinxcontrib.bibtex']
+exclude_patterns = ['notebooks']
+add_module_names = False
+python_use_unqualified_type_names = True
+toc_object_entries_show_parents = 'hide'
+viewcode_line_numbers = True
+numfig = True
+
+bibtex_bibfiles = [str(cfg.nbs_path/'references.bib')]
+bibtex_reference_style = 'author_year'
+nb_execution_mode = 'off'
+nb_merge_streams = True
+nb_render_markdown_format = 'myst'
+myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'deflist', 'fieldlist', 'attrs_inline', 'attrs_block',
+                          'tasklist', 'html_image', 'alert']
+myst_heading_anchors = 4
+math_numfig = False
+math_eqref_format = 'eq. {number}'
+mathjax_path = 'mathjax/tex-svg-full.js'
+mathjax3_config = dict(options=dict(enableMenu=False))
+
+html_theme = 'furo'
+html_title = cfg.title
+html_static_path = ['_static', str(root/'_proc'/'static')]
+html_css_files = ['custom.css']
+html_copy_source = False
+html_show_sourcelink = False
+html_show_sphinx = False
+html_show_search_summary = False   # browsers do not let a page on disk fetch another
+html_theme_options = dict(top_of_page_buttons=[])
+
+class PaperMath(MathDomain):
+    "A labelled equation carries the number of its tag, which is the paper's, or none"
+    def note_equation(self, docname, labelid, location=None):
+        super().note_equation(docname, labelid, location)
+        tag = re.search(r'\\tag\{([^}]*)\}', location.astext())
+        self.equations[labelid] = (docname, tag[1] if tag else '')
+        if tag: location[:] = [nodes.Text(location.astext().replace(tag[0], ''))]
+
+def setup(app): app.add_domain(PaperMath, override=True)

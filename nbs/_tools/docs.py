@@ -1,0 +1,51 @@
+"""Notebooks and their stored outputs -> docs/: `python nbs/_tools/docs.py [--check]`.
+
+`--check` builds nothing: it fails where docs/ was made from other inputs than those of the working tree.
+"""
+import hashlib, re, shutil, subprocess, sys
+from importlib.metadata import files
+from pathlib import Path
+from common import cfg, rel, root
+
+here,docs,work = Path(__file__).parent,cfg.doc_path,root/'_proc'
+stamp = docs/'.inputs'
+outdated = 'docs/ is out of date (make docs); changed since it was built:'
+
+def inputs():
+    "Names and hashes of all that the site is made from, one a line"
+    skip = {'__pycache__', '.ipynb_checkpoints', 'readme', 'results', 'check.py', 'export.py', 'nbrun.py', 'readme.py'}
+    found = [root/'settings.ini', *cfg.lib_path.rglob('*.py'), *cfg.nbs_path.rglob('*')]
+    keep = sorted(rel(p) for p in found if p.is_file() and p.name[0]!='.' and not skip & set(p.parts))
+    return [f'{hashlib.sha256((root/p).read_bytes()).hexdigest()}  {p}' for p in keep]
+
+def changed():
+    "Inputs that are not those of docs/"
+    old = stamp.read_text(encoding='utf-8').splitlines() if stamp.exists() else []
+    return sorted({l.split('  ', 1)[1] for l in set(old) ^ set(inputs())})
+
+def mathjax(dest):
+    "Copy the one file of MathJax that the pages load out of the package which brings it"
+    js, = (p for p in files('sphinx-mathjax-offline') if p.name=='tex-svg-full.js')
+    dest.mkdir(parents=True)
+    note = b'/* MathJax, Apache License 2.0, https://www.mathjax.org */\n'
+    (dest/js.name).write_bytes(note + js.locate().read_bytes())
+
+def build():
+    shutil.rmtree(work, ignore_errors=True)
+    mathjax(work/'static'/'mathjax')
+    def python(*a): subprocess.run([sys.executable, *map(str, a)], check=True, cwd=root)
+    python(here/'prep.py', work/'src')
+    python('-m', 'sphinx', '-q', '-W', '--keep-going', '-c', here, '-d', work/'doctrees', work/'src', work/'html')
+    (work/'html'/'.buildinfo').unlink(missing_ok=True)
+    for p in (work/'html').rglob('*.html'):   # versions of tools, which differ between machines
+        p.write_text(re.sub(r'<!-- Generated with .*? -->', '', p.read_text(encoding='utf-8')), encoding='utf-8')
+    (work/'html'/'.nojekyll').touch()   # GitHub Pages: serve folders whose names start with _
+    shutil.rmtree(docs, ignore_errors=True)
+    shutil.move(work/'html', docs)
+    stamp.write_text('\n'.join(inputs())+'\n', encoding='utf-8')
+
+if __name__=='__main__':
+    if '--check' not in sys.argv:
+        try: build()
+        except subprocess.CalledProcessError: sys.exit('docs/ is as it was; mend what is named above')
+    elif diff := changed(): sys.exit('\n  '.join([outdated, *diff]))

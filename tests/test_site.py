@@ -1,0 +1,105 @@
+"The committed site works from disk, without a network"
+import html, json, re, shutil, subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+import pytest
+from nbdev.config import get_config
+
+docs = get_config().doc_path
+pages = sorted(docs.rglob('*.html'))
+
+# ---- what the files say --------------------------------------------------------------------------------------------
+
+class Page(HTMLParser):
+    "The anchors of a page, what it links to, and what it loads"
+    def __init__(self, path):
+        super().__init__()
+        self.ids,self.links,self.loads = set(),[],[]
+        self.feed(path.read_text(encoding='utf-8'))
+
+    def handle_starttag(self, tag, attrs):
+        d = dict(attrs)
+        self.ids |= {d[k] for k in ('id','name') if d.get(k)}
+        if tag=='a' and d.get('href'): self.links.append(d['href'])
+        if d.get('src'): self.loads.append(d['src'])
+        if tag=='link' and d.get('rel') in ('stylesheet','icon','preload'): self.loads.append(d['href'])
+
+parsed = {p: Page(p) for p in pages}
+
+@pytest.mark.parametrize('page', pages, ids=[p.relative_to(docs).as_posix() for p in pages])
+def test_links(page):
+    for url in parsed[page].loads: assert not urlsplit(url).netloc, f'loads {url} from the network'
+    for url in parsed[page].links + parsed[page].loads:
+        u = urlsplit(url)
+        if u.scheme or u.netloc: continue
+        to = (page.parent/unquote(u.path)).resolve() if u.path else page
+        assert to.is_file(), f'{url}: no such file'
+        if u.fragment and to.suffix=='.html': assert unquote(u.fragment) in parsed[to].ids, f'{url}: no such anchor'
+
+def test_size(): assert sum(p.stat().st_size for p in docs.rglob('*') if p.is_file()) < 10e6
+
+def test_styles_load_nothing():
+    for p in docs.rglob('*.css'):
+        assert not re.search(r'url\(["\']?(https?:)?//|@import', p.read_text(encoding='utf-8')), p
+
+# ---- what a browser shows ------------------------------------------------------------------------------------------
+
+names = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable',
+         '/Applications/Google Chrome.app/Contents/MacOS/Google Chrome')
+chromium = next(filter(None, map(shutil.which, names)), None)
+browser = pytest.mark.skipif(not chromium, reason='no Chromium found; install the package chromium')
+
+probe = '''<script>
+const errors = []
+addEventListener('error', e => errors.push(e.message || 'cannot load ' + (e.target.src || e.target.href)), true)
+addEventListener('unhandledrejection', e => errors.push(String(e.reason)))
+console.error = (...a) => errors.push(a.join(' '))
+addEventListener('load', async () => {
+  await window.MathJax?.startup?.promise
+  document.documentElement.setAttribute('seen', JSON.stringify({errors,
+    math: document.querySelectorAll('mjx-container svg path').length,
+    failed: document.querySelectorAll('mjx-merror').length,
+    plots: [...document.images].filter(o => o.naturalWidth > 99).length,
+    broken: [...document.images].filter(o => !o.naturalWidth).map(o => o.src)}))
+})</script>'''
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory):
+    "A copy of the site whose pages report what a browser made of them"
+    to = tmp_path_factory.mktemp('site')/'docs'
+    shutil.copytree(docs, to)
+    for p in to.rglob('*.html'):
+        p.write_text(p.read_text(encoding='utf-8').replace('<head>', '<head>'+probe, 1), encoding='utf-8')
+    return to
+
+def visit(site, page, query=''):
+    "The document that Chromium makes of `page` from disk, and its report"
+    cmd = [chromium, '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
+           '--disable-sync', '--disable-background-networking', '--disable-component-update', '--disable-quic',
+           '--host-resolver-rules=MAP * ~NOTFOUND', f'--user-data-dir={site.parent}/{Path(page).stem}',
+           '--virtual-time-budget=20000', '--dump-dom', (site/page).as_uri()+query]
+    dom = subprocess.run(cmd, capture_output=True, text=True, timeout=120, check=True).stdout
+    return dom, json.loads(html.unescape(re.search(r'<html[^>]* seen="([^"]*)"', dom)[1]))
+
+def shows(page): return page.read_text(encoding='utf-8') if page.exists() else ''
+
+course = [p.relative_to(docs).as_posix() for p in pages if 'class="cell ' in shows(p)]
+
+@browser
+@pytest.mark.parametrize('page', course)
+def test_page_in_browser(site, page):
+    text = shows(docs/page)
+    dom,seen = visit(site, page)
+    assert not seen['errors'] and not seen['broken'] and not seen['failed']
+    if 'class="math' in text: assert seen['math'], 'no formula is drawn'
+    assert seen['plots'] >= text.count('<img alt="_images')
+    for o in course: assert page==o or Path(o).name in dom, f'{o} is not in the sidebar'
+
+@browser
+@pytest.mark.parametrize('words', ['look-back', 'hash_vectors'])
+def test_search_in_browser(site, words):
+    dom,seen = visit(site, 'search.html', f'?q={words}')
+    assert not seen['errors']
+    hits = re.search(r'<ul[^>]* class="search".*?</ul>', dom, flags=re.S)
+    assert hits and '<a href=' in hits[0], f'nothing found for {words}'

@@ -1,0 +1,102 @@
+"The tools behind `make run`, `make docs` and `make readme`"
+import sys
+import grids
+import pytest
+from nbdev.config import get_config
+from nbformat.v4 import new_code_cell, new_output
+
+sys.path.insert(0, str(get_config().nbs_path/'_tools'))
+import common, nbrun, prep, readme  # noqa: E402
+
+# ---- common --------------------------------------------------------------------------------------------------------
+
+def test_directives():
+    cell = new_code_cell('#| label: fig-x\n#|fig-cap: "A: b"\n\n#| slow\nx = 1\n#| cuda')
+    assert common.directives(cell) == {'label': 'fig-x', 'fig-cap': 'A: b', 'slow': ''}
+    assert common.body(new_code_cell('#| slow\n\nx = 1 #| y')) == 'x = 1 #| y'
+
+# ---- nbrun ---------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('src,force,want', [
+    ('x', '', 'run'), ('#| slow\nx', '', 'keep'), ('#| slow\nx', 'slow', 'stamp'),
+    ('#| slow\n#| cuda\nx', 'slow', 'keep'), ('#| eval: false\nx', '', 'keep'), ('#| export\nx', '', 'run'), ('#| notest\nx', 'slow cuda', 'keep')])
+def test_plan(src, force, want): assert nbrun.plan(new_code_cell(src), set(force.split())) == want
+
+def test_state():
+    out,cell = [new_output('stream', text='1')],new_code_cell('#| slow\nprint(1)')
+    assert nbrun.state(new_code_cell('x', outputs=out)) is None
+    assert nbrun.state(cell) == 'new'
+    cell.outputs = out
+    assert nbrun.state(cell) == 'stale'   # nobody says where that output comes from
+    cell.metadata['stored'] = dict(sha=nbrun.sha(cell), by='torch', on='2026-01-01')
+    assert nbrun.state(cell) == 'fresh'
+    cell.source += '+1'
+    assert nbrun.state(cell) == 'stale'
+
+# ---- prep ----------------------------------------------------------------------------------------------------------
+
+syms = {'hash_vectors': 'reformer_nb.hashing.hash_vectors'}
+link = '{py:obj}`hash_vectors <reformer_nb.hashing.hash_vectors>`'
+
+@pytest.mark.parametrize('src,want', [
+    ('see `hash_vectors()`, `nothing`', f'see {link}, `nothing`'),
+    ('## `hash_vectors`', '## `hash_vectors`'),
+    ('[`hash_vectors`](x.html) {ref}`hash_vectors`', '[`hash_vectors`](x.html) {ref}`hash_vectors`'),
+    ('```\n`hash_vectors`\n```\n`hash_vectors`', f'```\n`hash_vectors`\n```\n{link}'),
+    ('[next](02_sorting.ipynb#a)', '[next](sorting.ipynb#a)'),
+    ('[up](../01_hashing.ipynb) [down](a/b.ipynb)', '[up](../hashing.ipynb) [down](a/b.ipynb)')])
+def test_prep_markdown(src, want): assert prep.markdown(src, syms) == want
+
+def test_prep_cells():
+    cell = new_code_cell('#| code-fold: true\n#| label: fig-a\n#| fig-cap: "Of `hash_vectors`"\nplot()', id='a')
+    page, = prep.code(cell, syms)
+    assert page.source=='plot()' and page.metadata['tags']==['hide-input']
+    assert page.metadata['mystnb']['figure'] == dict(caption=f'Of {link}', name='fig-a')
+    assert prep.code(new_code_cell('#| hide\nx'), syms) == []
+    assert 'needs a GPU' in prep.code(new_code_cell('#| cuda\nx'), syms)[1].source
+
+def test_prep_entry():
+    class Thing:
+        "A thing"
+        def __init__(self,
+            d:int|None=3, # its width
+        ): self.d = d
+        @classmethod
+        def make(cls): "Make one"
+        def hidden(self): pass
+    Thing.__module__ = 'reformer_nb.things'
+    text = prep.entry('Thing', Thing, 'reformer_nb.things', {})
+    assert '{py:class} Thing(d=3)' in text and ':param d: its width\n:type d: int|None' in text
+    assert '{py:method} make()' in text and ':classmethod:' in text and 'hidden' not in text
+
+# ---- readme --------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('src,want', [
+    (':::{note}\nHi\n:::', '> [!NOTE]\n> Hi'),
+    (':::{admonition} Why?\n:class: tip\n\nHi\n:::', '> [!TIP]\n> **Why?**\n>\n> Hi'),
+    (':::{admonition} Why?\n:class: tip\n:collapsible: closed\n\nHi\n:::',
+     '<details><summary>Why?</summary>\n\nHi\n\n</details>'),
+    ('{cite:p}`kitaev2020reformer`', '([Kitaev et al., 2020](https://arxiv.org/abs/2001.04451))'),
+    ('`{eq}` is a role', '`{eq}` is a role'),
+    ('$$\nx\n$$ (eq-x)', '$$\nx\n$$')])
+def test_readme_markdown(src, want): assert readme.markdown(src) == want
+
+@pytest.mark.parametrize('src', ['by {eq}`eq-x`', ':::{grid} 2\nx\n:::', '{.lead}\nx', '{cite:p}`nobody2000`'])
+def test_readme_refuses(src):
+    with pytest.raises(ValueError, match='README c'): readme.markdown(src)
+
+@pytest.mark.parametrize('site,want', [
+    ('', '[a](nbs/01_hashing.ipynb#b)'), ('https://x.org', '[a](https://x.org/hashing.html#b)')])
+def test_readme_links(monkeypatch, site, want):
+    monkeypatch.setattr(readme, 'site', site)
+    assert readme.links('[a](01_hashing.ipynb#b)') == want
+
+# ---- grids ---------------------------------------------------------------------------------------------------------
+
+def test_sample(monkeypatch):
+    grid = range(100)
+    monkeypatch.setattr(grids, 'whole', False)
+    assert len(grids.sample(grid, 5)) == 5
+    assert grids.sample(grid, 5, 1)==grids.sample(grid, 5, 1)!=grids.sample(grid, 5, 2)
+    monkeypatch.setattr(grids, 'whole', True)
+    assert grids.sample(grid, 5) == list(grid)
