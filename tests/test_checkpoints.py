@@ -145,10 +145,11 @@ def test_pickle_is_not_opened(tmp_path):
 # ---- round trips ---------------------------------------------------------------------------------------------------
 
 options = dict(heads=(2,), dim_head=(None,), bucket_size=(4,), n_hashes=(3,), emb_dim=(10,),
-    weight_tie_embedding=(True,), weight_tie=(True,), ff_chunks=(3,), ff_mult=(2,), ff_activation=(nn.ReLU,nn.PReLU), ff_glu=(True,),
-    lsh_dropout=(.1,), ff_dropout=(.1,), post_attn_dropout=(.1,), layer_dropout=(.3,), lsh_attend_across_buckets=(False,),
-    lsh_allow_duplicate_attention=(False,), use_full_attn=(True,), full_attn_thres=(20,), reverse_thres=(64,),
-    n_buckets=(8,(2,4)), look_back=('round','rounds'), scale=(.5,), hash_seed=(9,), rotations=('fixed',))
+    weight_tie_embedding=(True,), weight_tie=(True,), ff_chunks=(3,), ff_mult=(2,), ff_activation=(nn.ReLU,nn.PReLU),
+    ff_glu=(True,), lsh_dropout=(.1,), ff_dropout=(.1,), post_attn_dropout=(.1,), layer_dropout=(.3,),
+    lsh_attend_across_buckets=(False,), lsh_allow_duplicate_attention=(False,), use_full_attn=(True,),
+    full_attn_thres=(20,), reverse_thres=(64,), n_buckets=(8,(2,4)), look_back=('round','rounds'),
+    scale=(.5,), hash_seed=(9,), rotations=('fixed',))
 positions = [{}, dict(absolute_position_emb=True), dict(fixed_position_emb=True), dict(axial_position_emb=True),
              dict(axial_position_emb=True, axial_position_shape=(5,8))]
 

@@ -1,0 +1,237 @@
+"Data under hard conditions: servers that hang up, cannot continue, never answer or lie; names, links and odd files"
+import hashlib, io, os, re, signal, socket, subprocess, sys, time, zipfile
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+import pytest
+import torch
+from reformer_nb import data
+from reformer_nb.data import batch_at, download, enwik8_corpus, fetch_zipped, files_corpus, load_corpus, split_of
+from reformer_nb.data import to_bytes, windows
+
+content = bytes(range(256))*2000   # 512000 bytes
+
+class Handler(BaseHTTPRequestHandler):
+    "Serves `server.content` as `server.how` says, and notes the ranges that it was asked for"
+    def do_GET(self):
+        how,body,wanted = self.server.how,self.server.content,self.headers['Range']
+        self.server.asked.append(wanted)
+        if how=='silent': time.sleep(3)
+        if how=='missing': return self.send_error(404)
+        if how=='teapot': return self.wfile.write(b'I am no HTTP server\r\n\r\n')
+        start = int(re.search(r'\d+', wanted)[0]) if wanted and how!='no ranges' else 0
+        if start and start>=len(body): return self.send_error(416)
+        self.send_response(206 if start else 200)
+        if how!='no length': self.send_header('Content-Length', len(body)-start)
+        self.end_headers()
+        self.wfile.write(body[start:][:self.server.limit])
+    def log_message(self, *args): "Say nothing"
+
+@contextmanager
+def serving(content=content, how='well', limit=10**9):
+    "A server on this machine, with an `url`"
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Handler)
+    server.content,server.how,server.limit,server.asked = content,how,limit,[]
+    server.url = f'http://127.0.0.1:{server.server_port}/archive.zip'
+    Thread(target=server.serve_forever, kwargs=dict(poll_interval=.02), daemon=True).start()
+    try: yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+def zipped(name, content):
+    res = io.BytesIO()
+    with zipfile.ZipFile(res, 'w', zipfile.ZIP_DEFLATED) as z: z.writestr(name, content)
+    return res.getvalue()
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('REFORMER_NB_CACHE', str(tmp_path/'cache'))
+    return tmp_path/'cache'
+
+# ---- downloads -----------------------------------------------------------------------------------------------------
+
+def test_resumes(tmp_path):
+    with serving(limit=200_000) as server:
+        for arrived in (200_000, 400_000):
+            with pytest.raises(ValueError, match=f'{arrived} of 512000 bytes arrived'):
+                download(server.url, tmp_path/'x')
+            assert not (tmp_path/'x').exists()
+        download(server.url, tmp_path/'x')
+        assert server.asked==[None, 'bytes=200000-', 'bytes=400000-']
+    assert (tmp_path/'x').read_bytes()==content
+    assert os.listdir(tmp_path)==['x']
+
+def test_server_without_ranges(tmp_path):
+    "It sends everything each time; what was there is not kept in front of it"
+    with serving(how='no ranges') as server:
+        (tmp_path/'x.part').write_bytes(b'from elsewhere')
+        download(server.url, tmp_path/'x')
+    assert (tmp_path/'x').read_bytes()==content
+
+@pytest.mark.parametrize('more', [0, 99])
+def test_nothing_left_to_send(tmp_path, more):
+    "Killed between the last byte and the rename, or a left-over of a longer file: begin anew"
+    (tmp_path/'x.part').write_bytes(content + b'x'*more)
+    with serving() as server:
+        download(server.url, tmp_path/'x')
+        assert server.asked==[f'bytes={512000+more}-', None]
+    assert (tmp_path/'x').read_bytes()==content
+
+def test_without_length(tmp_path):
+    with serving(how='no length') as server: download(server.url, tmp_path/'x')
+    assert (tmp_path/'x').read_bytes()==content
+
+@pytest.mark.parametrize('how,says', [('missing', '404'), ('teapot', 'I am no HTTP'), ('silent', 'timed out')])
+def test_bad_servers(tmp_path, how, says):
+    one_line = rf'\Acannot download [^\r\n]*{says}[^\r\n]*put the file at [^\r\n]*\Z'
+    with serving(how=how) as server, pytest.raises(ValueError, match=one_line):
+        download(server.url, tmp_path/'x', timeout=.3)
+    assert not (tmp_path/'x').exists()
+
+def test_no_server(tmp_path):
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        url = f'http://127.0.0.1:{s.getsockname()[1]}/x'   # bound, but nobody listens
+        with pytest.raises(ValueError, match='cannot download'): download(url, tmp_path/'x', timeout=2)
+
+@pytest.mark.skipif(os.name!='posix', reason='SIGINT')
+def test_interrupted_by_hand(tmp_path):
+    "Ctrl-C in the middle keeps what has arrived"
+    code = ('import sys; from pathlib import Path; from reformer_nb.data import download;'
+            'download(sys.argv[1], Path(sys.argv[2]))')
+    with serving() as server:
+        write = Handler.do_GET
+        def half_then_wait(self):
+            self.send_response(200)
+            self.send_header('Content-Length', 2**22)
+            self.end_headers()
+            self.wfile.write(b'x'*2**21)
+            time.sleep(30)
+        Handler.do_GET = half_then_wait
+        try:
+            cmd = [sys.executable, '-c', code, server.url, str(tmp_path/'x')]
+            process = subprocess.Popen(cmd, stderr=subprocess.DEVNULL)
+            part,end = tmp_path/'x.part',time.monotonic()+30
+            while not (part.exists() and part.stat().st_size>=2**20) and time.monotonic()<end: time.sleep(.02)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(10)
+        finally: Handler.do_GET = write
+    assert part.stat().st_size>=2**20 and not (tmp_path/'x').exists()
+
+# ---- archives ------------------------------------------------------------------------------------------------------
+
+def fetch(server, text):
+    return fetch_zipped('x.txt', server.url, size=len(text), sha256=hashlib.sha256(text).hexdigest())
+
+def test_unpacks_once(cache):
+    text = b'some text '*99
+    with serving(zipped('x.txt', text)) as server:
+        assert fetch(server, text).read_bytes()==text
+        assert fetch(server, text)==cache/'x.txt'
+        assert server.asked==[None]
+
+def test_wrong_checksum(cache):
+    "The archive goes, so that the next attempt downloads again; nothing wrong ever has the name of the file"
+    text,other = b'some text '*99,b'same size '*99
+    with serving(zipped('x.txt', other)) as server:
+        with pytest.raises(ValueError, match='is damaged .*SHA-256.* and was removed; try again'): fetch(server, text)
+        assert os.listdir(cache)==[]
+        server.content = zipped('x.txt', text)
+        assert fetch(server, text).read_bytes()==text
+
+@pytest.mark.parametrize('k', range(0, 140, 7))
+def test_damaged_archive(cache, k):
+    "A flipped bit, wherever it stands, is harmless or noticed"
+    text = os.urandom(30)
+    whole = zipped('x.txt', text)
+    k %= len(whole)
+    with serving(whole[:k] + bytes([whole[k]^8]) + whole[k+1:]) as server:
+        try: assert fetch(server, text).read_bytes()==text
+        except ValueError as e: assert 'and was removed' in str(e) and '\n' not in str(e)
+
+def test_truncated_file_in_cache(cache):
+    text = b'some text '*99
+    cache.mkdir()
+    (cache/'x.txt').write_bytes(text[:-1])
+    with serving(zipped('x.txt', text)) as server: assert fetch(server, text).read_bytes()==text
+
+def test_enwik8(cache, monkeypatch, tmp_path):
+    "The whole way with a small stand-in: downloaded and given as a path, by name and as any file"
+    text = bytes(range(200))
+    monkeypatch.setattr(data, 'enwik8_size', 200)
+    monkeypatch.setattr(data, 'enwik8_sha256', hashlib.sha256(text).hexdigest())
+    (tmp_path/'enwik8').write_bytes(text)
+    with serving(zipped('enwik8', text)) as server:
+        monkeypatch.setattr(data, 'enwik8_url', server.url)
+        found = [load_corpus('enwik8'), enwik8_corpus(tmp_path/'enwik8'), load_corpus(tmp_path/'enwik8')]
+    want = [list(text[:180]), list(text[180:190]), list(text[190:])]
+    for o in found: assert [o.train.tolist(), o.valid.tolist(), o.test.tolist()]==want
+    (tmp_path/'enwik8').write_bytes(text[::-1])
+    with pytest.raises(ValueError, match='SHA-256'): enwik8_corpus(tmp_path/'enwik8')
+
+# ---- files of the user ---------------------------------------------------------------------------------------------
+
+def test_names_that_are_no_text(tmp_path):
+    "File names that are no UTF-8, and names with spaces and dots"
+    names = ['a b.txt', 'c..txt', 'ü.txt']
+    for o in names: (tmp_path/o).write_text('text '*20)
+    if sys.platform=='linux': Path(os.fsdecode(bytes(tmp_path)+b'/\xff.txt')).write_text('text '*20)
+    corpus = files_corpus([tmp_path])
+    assert sum(map(len, (corpus.train, corpus.valid, corpus.test)))>=300
+
+@pytest.mark.skipif(os.name!='posix', reason='links and pipes')
+def test_links_and_pipes(tmp_path):
+    "A link to a file counts as the file, once; a link to a folder, a broken link and a pipe are passed over"
+    (tmp_path/'a.txt').write_text('x'*100)
+    (tmp_path/'b.txt').symlink_to('a.txt')
+    (tmp_path/'broken.txt').symlink_to('nowhere')
+    (tmp_path/'again').symlink_to('.')
+    os.mkfifo(tmp_path/'pipe')
+    assert len(files_corpus([tmp_path]).train)==90
+
+@pytest.mark.skipif(os.name!='posix' or os.geteuid()==0, reason='root reads everything')
+@pytest.mark.parametrize('name', ['folder', 'folder/a.txt'])
+def test_may_not_be_read(tmp_path, name):
+    (tmp_path/'folder').mkdir()
+    (tmp_path/'folder'/'a.txt').write_text('x'*100)
+    (tmp_path/name).chmod(0)
+    try:
+        with pytest.raises(ValueError, match='cannot read .*Permission denied; give files'): files_corpus([tmp_path])
+    finally: (tmp_path/name).chmod(0o755)
+
+def test_split_is_for_ever():
+    "A change of the hash would mix what is held out with what was learnt"
+    held = dict(valid=['fnmatch.py', 'README.md', '14.txt', '37.txt'], test=['41.txt', '117.txt'])
+    for part,names in held.items(): assert {split_of(o) for o in names}=={part}
+
+@pytest.mark.parametrize('k', [49, 50, 51, 80])
+@pytest.mark.parametrize('seed', range(5))
+def test_no_part_is_empty(tmp_path, k, seed):
+    for i in range(k): (tmp_path/f'{seed}-{i}').write_bytes(b'' if i%3 else b'some text')
+    corpus = files_corpus([tmp_path])
+    assert min(map(len, (corpus.train, corpus.valid, corpus.test)))>=2
+
+# ---- batches and windows -------------------------------------------------------------------------------------------
+
+def test_windows_predict_each_byte_once():
+    for n in range(2, 40):
+        text = torch.arange(n).to(torch.uint8)
+        for seq_len in range(1, 45):
+            found = windows(text, seq_len)
+            assert torch.equal(torch.cat([o[1:] for o in found]), text[1:].long())
+            for most in range(1, len(found)+2):
+                some = [o.tolist() for o in windows(text, seq_len, most=most)]
+                assert len(some)==min(most, len(found)) and len({o[0] for o in some})==len(some)
+                assert most>=len(found) or all(len(o)==seq_len+1 for o in some)
+
+def test_batches_do_not_depend_on_the_program():
+    "The same bytes in another process, after other draws, from another number of threads"
+    code = ('import torch; from reformer_nb.data import batch_at; torch.manual_seed(3); torch.set_num_threads(2);'
+            'print(batch_at(torch.arange(250).to(torch.uint8), 7, batch_size=2, seq_len=5, seed=4).tolist())')
+    found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    assert found.strip()==str(batch_at(torch.arange(250).to(torch.uint8), 7, batch_size=2, seq_len=5, seed=4).tolist())
+
+def test_shortest_data():
+    assert torch.equal(batch_at(to_bytes('ab'), 0, batch_size=3, seq_len=1), to_bytes('ab').long().expand(3, -1))
