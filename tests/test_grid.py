@@ -1,0 +1,53 @@
+"Grids in float64: LSH attention against the oracle, the reversible stack against the plain one"
+import copy
+from itertools import product
+import grids
+import pytest
+import torch
+from reformer_nb.attention import lsh_attention_oracle
+from reformer_nb.hashing import BucketHasher
+from reformer_nb.lsh import lsh_attention
+from reformer_nb.reformer import Reformer
+
+def masks(kind, b, n):
+    "No mask, padding at the end of a row, or holes"
+    if kind=='none': return None
+    if kind=='end': return torch.arange(n) < torch.tensor([[n], [max(1, n//2)]])
+    return torch.rand(b, n, generator=torch.Generator().manual_seed(n)) > .4
+
+lsh_grid = list(product((1, 5, 16, 23, 48), (4, 8), (1, 2, 4), (False, True), ('none', 'round', 'rounds'),
+                        (True, False), (True, False), ('none', 'end', 'holes')))
+
+@pytest.mark.parametrize('n,m,r,causal,look_back,across,duplicates,mask', grids.sample(lsh_grid, 60))
+def test_lsh_attention_equals_the_oracle(n, m, r, causal, look_back, across, duplicates, mask):
+    generator = torch.Generator().manual_seed(0)
+    qk,v,weights = (torch.randn(2, 3, n, 6, dtype=torch.double, generator=generator) for _ in range(3))
+    mask = masks(mask, 2, n)
+    buckets = BucketHasher(r, m).eval()(qk, mask)
+    options = dict(bucket_size=m, causal=causal, mask=mask, look_back=look_back, attend_across_buckets=across, allow_duplicate_attention=duplicates)
+    results = []
+    for f in (lsh_attention, lsh_attention_oracle):
+        x,y = qk.clone().requires_grad_(),v.clone().requires_grad_()
+        out = f(x, y, buckets, **options)
+        (out*weights).sum().backward()
+        results.append((out, x.grad, y.grad))
+    zero = torch.zeros_like(qk)
+    for a,b in zip(*results): torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=0, atol=1e-12)
+
+reversible_grid = list(product((False, True), (1, 2, 4), (1, 3), (0., .1), (False, True), (32, 37), ('none', 'end', 'holes'), (0, None)))
+
+@pytest.mark.parametrize('causal,n_hashes,depth,dropout,tie,n,mask,hash_seed', grids.sample(reversible_grid, 40))
+def test_reversible_gradients_equal_plain_ones(causal, n_hashes, depth, dropout, tie, n, mask, hash_seed):
+    torch.manual_seed(0)
+    stack = Reformer(16, depth, heads=2, bucket_size=8, n_hashes=n_hashes, causal=causal, weight_tie=tie, lsh_dropout=dropout, ff_dropout=dropout,
+                     post_attn_dropout=dropout, ff_chunks=2, hash_seed=hash_seed).double().train()
+    plain = copy.deepcopy(stack)
+    plain.layers.reverse_thres = 10**9
+    x,mask,results = torch.randn(2, n, 16, dtype=torch.double),masks(mask, 2, n),[]
+    for model in (stack, plain):
+        torch.manual_seed(5)
+        inputs = x.clone().requires_grad_()
+        out = model(inputs, mask)
+        grads = torch.autograd.grad(out.sin().sum(), [inputs, *model.parameters()])
+        results.append((out, *grads, torch.rand(3)))   # the same random numbers follow
+    for a,b in zip(*results): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
