@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['as_tokens', 'axial_grid', 'position_layer', 'check_sizes', 'TokenModel', 'next_token_loss', 'padding_last',
-           'check_predicts', 'NextToken', 'Pretrained', 'ReformerLM']
+           'check_predicts', 'NextToken', 'Generative', 'Pretrained', 'ReformerLM']
 
 # %% ../nbs/11_language_model.ipynb #imports
 import math
@@ -149,7 +149,7 @@ def check_predicts(
 
 # %% ../nbs/11_language_model.ipynb #next-token
 class NextToken:
-    "Methods of a model with a `config` that maps tokens and `input_mask` to logits"
+    "The loss of a model that has a `config` and maps tokens and `input_mask` to logits"
     def loss(self,
         tokens:Tensor, # (b, n) integers; each position is to predict the next real token
         input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
@@ -163,6 +163,9 @@ class NextToken:
         followed = real[:,1:]   # a token that no other follows bets on nothing and is not read
         return next_token_loss(self(tokens[:,:-1], followed), tokens[:,1:], followed)
 
+# %% ../nbs/11_language_model.ipynb #generative
+class Generative:
+    "Writing, for a model that predicts the next token"
     def generate(self,
         prompt:Tensor, # (b, n) integers
         max_new_tokens:int, # how many tokens to add
@@ -182,7 +185,7 @@ class NextToken:
 
 # %% ../nbs/11_language_model.ipynb #pretrained
 class Pretrained:
-    "Methods of a model that can be saved"
+    "Saving and loading, for a model that has a `config`"
     def save_pretrained(self,
         directory:str|Path, # made if it is not there
     )->None:
@@ -199,7 +202,7 @@ class Pretrained:
         return load_pretrained(directory, cls)
 
 # %% ../nbs/11_language_model.ipynb #reformer-lm
-class ReformerLM(TokenModel, NextToken, Pretrained):
+class ReformerLM(TokenModel, NextToken, Generative, Pretrained):
     "A language model: embeddings, positions, a Reformer, logits"
     def __init__(self,
         num_tokens:int, # size of the vocabulary

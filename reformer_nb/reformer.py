@@ -7,7 +7,6 @@ __all__ = ['PreNormAttention', 'check_input', 'TwoStreams', 'attention_layer', '
            'Pretrained', 'Reformer']
 
 # %% ../nbs/10_reformer.ipynb #imports
-import torch
 from torch import Tensor, nn
 from .core import Config, as_mask, check_int
 from .feed_forward import Chunk, FeedForward, PreNorm

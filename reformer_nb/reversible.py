@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Branch', 'rng_state', 'set_rng_state', 'replay_rng', 'replay_modes', 'needs_grad', 'Call', 'branch_grads',
-           'walk_back', 'ReversibleFunction', 'run_plain', 'choose_blocks', 'ReversibleSequence']
+           'walk_forward', 'walk_back', 'ReversibleFunction', 'run_plain', 'choose_blocks', 'ReversibleSequence']
 
 # %% ../nbs/08_reversible.ipynb #imports
 from contextlib import contextmanager
@@ -143,6 +143,23 @@ def branch_grads(
     dx,*grads = torch.autograd.grad(out, (x, *to.values()), dy.to(out.dtype), allow_unused=True)
     return out.detach(),torch.zeros_like(x) if dx is None else dx,{i: d for i,d in zip(to, grads) if d is not None}
 
+# %% ../nbs/08_reversible.ipynb #walk-forward
+def walk_forward(
+    call:Call, # filled with what `walk_back` needs
+    x1:Tensor, # (b, n, e)
+    x2:Tensor, # (b, n, e)
+    inputs:tuple, # tensor arguments and parameters
+)->tuple: # y1 and y2, both (b, n, e), and the states of the branches that have one
+    "Run the stack by eq. 8, and note the circumstances of each branch"
+    streams,states = [x1,x2],[]
+    for k,branch in enumerate(call.branches):
+        call.rng.append(rng_state(call.device))
+        out,state = branch(streams[1-k%2], call.args(k, inputs))
+        streams[k%2] = streams[k%2] + out
+        call.has_state.append(state is not None)
+        if state is not None: states.append(state)
+    return *streams,*states
+
 # %% ../nbs/08_reversible.ipynb #walk-back
 def walk_back(
     call:Call, # the pass through the stack
@@ -174,15 +191,7 @@ class ReversibleFunction(torch.autograd.Function):
         *inputs:Tensor, # tensor arguments of F, then all parameters, so that autograd knows of them
     )->tuple: # y1 and y2, both (b, n, e), and the states of the branches
         "Run the stack and keep its outputs only"
-        streams,states = [x1,x2],[]
-        with torch.autocast(**call.autocast):
-            for k,branch in enumerate(call.branches):
-                call.rng.append(rng_state(call.device))
-                out,state = branch(streams[1-k%2], call.args(k, inputs))
-                streams[k%2] = streams[k%2] + out
-                call.has_state.append(state is not None)
-                if state is not None: states.append(state)
-        return *streams,*states
+        with torch.autocast(**call.autocast): return walk_forward(call, x1, x2, inputs)
 
     @staticmethod
     def setup_context(

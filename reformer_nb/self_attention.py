@@ -7,7 +7,6 @@ __all__ = ['SharedQKHeads', 'check_angles', 'rotate_pairs', 'attend_short_rows',
            'LSHSelfAttention']
 
 # %% ../nbs/06_self_attention.ipynb #imports
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 from .attention import full_attention

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from .checkpoints import save_pretrained, write_atomic
 from .core import check_int
-from .data import Corpus, batch_at, bigram_bits, compressed_bits, to_text, windows
+from .data import Corpus, batch_at, bigram_bits, compressed_bits, windows
 from .hashing import BucketHasher
 
 # %% ../nbs/18_training.ipynb #settings
