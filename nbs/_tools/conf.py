@@ -13,7 +13,6 @@ exclude_patterns = ['notebooks']
 add_module_names = False
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = 'hide'
-viewcode_line_numbers = True
 numfig = True
 
 bibtex_bibfiles = [str(cfg.nbs_path/'references.bib')]

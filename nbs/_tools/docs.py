@@ -36,7 +36,7 @@ def build():
     def python(*a): subprocess.run([sys.executable, *map(str, a)], check=True, cwd=root)
     python(here/'prep.py', work/'src')
     python('-m', 'sphinx', '-q', '-W', '--keep-going', '-c', here, '-d', work/'doctrees', work/'src', work/'html')
-    (work/'html'/'.buildinfo').unlink(missing_ok=True)
+    for p in [work/'html'/'.buildinfo', *(work/'html').rglob('*.map')]: p.unlink(missing_ok=True)   # of no use to readers
     for p in (work/'html').rglob('*.html'):   # versions of tools, which differ between machines
         p.write_text(re.sub(r'<!-- Generated with .*? -->', '', p.read_text(encoding='utf-8')), encoding='utf-8')
     (work/'html'/'.nojekyll').touch()   # GitHub Pages: serve folders whose names start with _
