@@ -72,9 +72,10 @@ def attend_chunks(
     if counts is not None: scores = scores - counts.clamp(min=1).to(scores.dtype).log()
     low = mask_value(scores.dtype)
     scores = scores.masked_fill(~visible, low)
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.clamp(min=low/2)[...,None]).exp()
-    return einsum(F.dropout(weights, dropout).to(v.dtype), v, '... i j, ... j d -> ... i d'),lse
+    weights,top = scores.softmax(-1),scores.amax(-1)
+    lse = top - weights.amax(-1).log()   # the largest weight is exp(top - lse)
+    out = einsum(F.dropout(weights, dropout).to(v.dtype), v, '... i j, ... j d -> ... i d')
+    return out.masked_fill((top<low/2)[...,None], 0),lse
 
 # %% ../nbs/04_lsh.ipynb #merge-rounds
 def merge_rounds(
