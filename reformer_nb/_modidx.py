@@ -313,6 +313,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                               'reformer_nb/self_attention.py'),
                                             'reformer_nb.self_attention.check_angles': ( 'self_attention.html#check_angles',
                                                                                          'reformer_nb/self_attention.py'),
+                                            'reformer_nb.self_attention.local_attention': ( 'self_attention.html#local_attention',
+                                                                                            'reformer_nb/self_attention.py'),
                                             'reformer_nb.self_attention.rotate_pairs': ( 'self_attention.html#rotate_pairs',
                                                                                          'reformer_nb/self_attention.py')},
             'reformer_nb.sorting': { 'reformer_nb.sorting.add_look_back': ('sorting.html#add_look_back', 'reformer_nb/sorting.py'),

@@ -25,7 +25,7 @@ def make_parser()->argparse.ArgumentParser:
     train.add_argument('--out', default='out/train', help='directory of the checkpoint and the pictures')
     train.add_argument('--minutes', type=float, default=3.5, help='time to train')
     train.add_argument('--steps', type=int, help='steps to train, at the most')
-    for name,value in dict(seq_len=4096, batch_size=1, dim=128, depth=3, heads=4, dim_head=32, bucket_size=32, n_hashes=2, seed=0).items():
+    for name,value in dict(seq_len=4096, batch_size=1, dim=128, depth=3, heads=4, dim_head=32, bucket_size=32, n_hashes=2, local_heads=2, seed=0).items():
         train.add_argument(f'--{name.replace("_", "-")}', type=int, default=value)
     train.add_argument('--lr', type=float, default=5e-3, help='highest learning rate')
     train.add_argument('--prompt', default='import os\n\ndef ', help='the trained model continues this')
@@ -83,7 +83,8 @@ def run_train(
     corpus = files_corpus(o.files) if o.files else load_corpus(o.data)
     settings = TrainSettings(seq_len=o.seq_len, batch_size=o.batch_size, steps=o.steps, minutes=o.minutes, lr=o.lr, seed=o.seed)
     torch.manual_seed(o.seed)
-    model = ReformerLM(256, o.dim, o.depth, o.seq_len, heads=o.heads, dim_head=o.dim_head, bucket_size=o.bucket_size, n_hashes=o.n_hashes, causal=True)
+    model = ReformerLM(256, o.dim, o.depth, o.seq_len, heads=o.heads, dim_head=o.dim_head,
+                       bucket_size=o.bucket_size, n_hashes=o.n_hashes, n_local_attn_heads=o.local_heads, causal=True)
     trainer = Trainer(model, corpus, settings, out=o.out)
     print(f'{corpus.name}: {len(corpus.train):,} bytes to learn from, {len(corpus.test):,} held out; '
           f'{sum(p.numel() for p in model.parameters()):,} parameters, sequences of {o.seq_len}')

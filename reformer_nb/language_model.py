@@ -240,4 +240,5 @@ class ReformerLM(TokenModel, NextToken, Generative, Pretrained):
         scale:float=1., # factor of the attention scores
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
         rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'
+        n_local_attn_heads:int=0, # heads, the first ones, that attend to windows of 2*bucket_size instead
     ): super().__init__(Config(locals()))

@@ -154,6 +154,7 @@ class Reformer(TwoStreams, Pretrained):
         scale:float=1., # factor of the attention scores
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
         rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'
+        n_local_attn_heads:int=0, # heads, the first ones, that attend to windows of 2*bucket_size instead
     ):
         config = Config(locals())
         layers = ReversibleSequence(reversible_blocks(config), layer_dropout=layer_dropout, reverse_thres=reverse_thres)

@@ -34,13 +34,13 @@ def test_lsh_attention_equals_the_oracle(n, m, r, causal, look_back, across, dup
     zero = torch.zeros_like(qk)
     for a,b in zip(*results): torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=0, atol=1e-12)
 
-reversible_grid = list(product((False, True), (1, 2, 4), (1, 3), (0., .1), (False, True), (32, 37), ('none', 'end', 'holes'), (0, None)))
+reversible_grid = list(product((False, True), (1, 2, 4), (1, 3), (0., .1), (False, True), (32, 37), ('none', 'end', 'holes'), (0, None), (0, 1)))
 
-@pytest.mark.parametrize('causal,n_hashes,depth,dropout,tie,n,mask,hash_seed', grids.sample(reversible_grid, 40))
-def test_reversible_gradients_equal_plain_ones(causal, n_hashes, depth, dropout, tie, n, mask, hash_seed):
+@pytest.mark.parametrize('causal,n_hashes,depth,dropout,tie,n,mask,hash_seed,local', grids.sample(reversible_grid, 40))
+def test_reversible_gradients_equal_plain_ones(causal, n_hashes, depth, dropout, tie, n, mask, hash_seed, local):
     torch.manual_seed(0)
     stack = Reformer(16, depth, heads=2, bucket_size=8, n_hashes=n_hashes, causal=causal, weight_tie=tie, lsh_dropout=dropout, ff_dropout=dropout,
-                     post_attn_dropout=dropout, ff_chunks=2, hash_seed=hash_seed).double().train()
+                     post_attn_dropout=dropout, ff_chunks=2, hash_seed=hash_seed, n_local_attn_heads=local).double().train()
     plain = copy.deepcopy(stack)
     plain.layers.reverse_thres = 10**9
     x,mask,results = torch.randn(2, n, 16, dtype=torch.double),masks(mask, 2, n),[]
