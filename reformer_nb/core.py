@@ -113,8 +113,8 @@ class Config(Mapping):
     def __repr__(self): return 'Config(' + ', '.join(f'{k}={v!r}' for k,v in self.items()) + ')'
     def arguments_of(self,
         cls:type, # a class whose constructor is to be called
-        **renamed:str, # the constructor's name of an argument = the name here
+        renamed:dict|None=None, # {the constructor's name of an argument: the name here}
     )->dict: # keyword arguments for it
         "Those of the recorded arguments that the constructor of `cls` takes too"
-        names = {k: renamed.get(k, k) for k in inspect.signature(cls).parameters}
+        names = {k: (renamed or {}).get(k, k) for k in inspect.signature(cls).parameters}
         return {k: self[o] for k,o in names.items() if o in self}

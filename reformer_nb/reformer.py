@@ -82,15 +82,15 @@ def attention_layer(
     config:Config, # arguments of a Reformer
 )->LSHSelfAttention:
     "The attention that `config` describes"
-    return LSHSelfAttention(**config.arguments_of(LSHSelfAttention, dropout='lsh_dropout',
-        attend_across_buckets='lsh_attend_across_buckets', allow_duplicate_attention='lsh_allow_duplicate_attention'))
+    return LSHSelfAttention(**config.arguments_of(LSHSelfAttention, dict(dropout='lsh_dropout',
+        attend_across_buckets='lsh_attend_across_buckets', allow_duplicate_attention='lsh_allow_duplicate_attention')))
 
 # %% ../nbs/10_reformer.ipynb #feed-forward-layer
 def feed_forward_layer(
     config:Config, # arguments of a Reformer
 )->Chunk:
     "The feed-forward layer that `config` describes"
-    ff = FeedForward(**config.arguments_of(FeedForward, mult='ff_mult', dropout='ff_dropout', activation='ff_activation', glu='ff_glu'))
+    ff = FeedForward(**config.arguments_of(FeedForward, dict(mult='ff_mult', dropout='ff_dropout', activation='ff_activation', glu='ff_glu')))
     return Chunk(config['ff_chunks'], ff)
 
 # %% ../nbs/10_reformer.ipynb #reversible-blocks

@@ -131,7 +131,9 @@ def local_attention(
     sorted_pos,undo_sort = sort_by_bucket(together)   # real tokens first, in text order
     q,k,values = (chunk(take_sorted(o, sorted_pos), window) for o in (qk, unit_norm(qk), v))
     q_pos,q_id = chunk(sorted_pos, window),chunk(real_ids(together, real).gather(-1, sorted_pos), window)
-    def neighbours(x):
+    def neighbours(
+        x:Tensor, # (b, h, 1, c, w, ...)
+    )->Tensor: # (b, h, 1, c, 2w or 3w, ...)
         before = add_look_back(x, torch.zeros(b, dtype=torch.int64, device=x.device))
         after = torch.cat([x[:,:,:,1:], torch.zeros_like(x[:,:,:,:1])], dim=3)
         return before if causal else torch.cat([before, after], dim=4)
