@@ -3,7 +3,7 @@
 The notebooks are MyST already. Directives of nbdev become tags of cells, exported symbols become Sphinx objects with
 their docments, symbols in backticks become links.
 """
-import ast, importlib, inspect, re, shutil, sys, textwrap
+import ast, importlib, inspect, json, re, shutil, sys, textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 import nbformat
@@ -192,7 +192,7 @@ def main(dest):
         at = p.relative_to(cfg.nbs_path)
         page,copy = at.parent/slug(p),dest/'notebooks'/at
         for d in (copy.parent, (dest/page).parent): d.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(p, copy)
+        copy.write_text(json.dumps(json.loads(p.read_text(encoding='utf-8')), ensure_ascii=False, separators=(',', ':')), encoding='utf-8')
         nbformat.write(convert(p, syms), dest/f'{page}.ipynb')
         if page.name!='index': pages[page] = title(p)
     images = cfg.nbs_path/'images'
