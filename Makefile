@@ -29,7 +29,7 @@ test:      check ## the check, then every notebook and tests/
 	$(PYTEST)
 test-all:  check ## the same with whole grids and slow cells and tests
 	$(PYTEST) --all --flags "slow $(FLAGS)"
-bench:     $(VENV)/.bench ## run the comparisons of nbs/experiments, slow cells included
+bench:     $(VENV)/.dev ## run the comparisons of nbs/experiments, slow cells included
 	$(TOOL)/nbrun.py nbs/experiments --flags "slow $(FLAGS)"
 clean:     ## remove what builds and runs leave; .venv stays
 	rm -rf _proc build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
@@ -42,8 +42,5 @@ $(VENV)/.train: $(META) | $(BIN)/python
 	$(INSTALL) '.[train]'
 	@touch $@
 $(VENV)/.dev: $(META) | $(BIN)/python
-	$(INSTALL) '.[dev]'
-	@touch $@ $(VENV)/.train
-$(VENV)/.bench: $(META) | $(BIN)/python
 	$(INSTALL) '.[dev,bench]'
-	@touch $@ $(VENV)/.dev $(VENV)/.train
+	@touch $@ $(VENV)/.train

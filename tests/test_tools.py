@@ -33,6 +33,20 @@ def test_state():
     cell.source += '+1'
     assert nbrun.state(cell) == 'stale'
 
+def test_pictures_get_a_palette_once():
+    import base64, io
+    import numpy as np
+    from PIL import Image
+    shades = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    shades[...,3] = 255
+    def read(png): return Image.open(io.BytesIO(base64.b64decode(png)))
+    out = io.BytesIO()
+    Image.fromarray(shades).save(out, 'PNG')
+    small = nbrun.palette(base64.b64encode(out.getvalue()).decode())
+    assert read(small).mode=='P' and read(small).size==(30, 20) and nbrun.palette(small)==small
+    near = np.asarray(read(small).convert('RGB'), dtype=int) - shades[...,:3]
+    assert 0 < np.abs(near).mean() < 30   # near the colours, not equal: there were 600
+
 # ---- prep ----------------------------------------------------------------------------------------------------------
 
 syms = {'hash_vectors': 'reformer_nb.hashing.hash_vectors'}

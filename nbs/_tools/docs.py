@@ -30,6 +30,10 @@ def mathjax(dest):
     note = b'/* MathJax, Apache License 2.0, https://www.mathjax.org */\n'
     (dest/js.name).write_bytes(note + js.locate().read_bytes())
 
+def lean(html):
+    "A page without versions of tools, which differ between machines, and without marks around code that has no colour of its own"
+    return re.sub(r'<span class="(?:n|nn|p|w)">([^<]*)</span>', r'\1', re.sub(r'<!-- Generated with .*? -->', '', html))
+
 def build():
     shutil.rmtree(work, ignore_errors=True)
     mathjax(work/'static'/'mathjax')
@@ -37,8 +41,7 @@ def build():
     python(here/'prep.py', work/'src')
     python('-m', 'sphinx', '-q', '-W', '--keep-going', '-c', here, '-d', work/'doctrees', work/'src', work/'html')
     for p in [work/'html'/'.buildinfo', *(work/'html').rglob('*.map')]: p.unlink(missing_ok=True)   # of no use to readers
-    for p in (work/'html').rglob('*.html'):   # versions of tools, which differ between machines
-        p.write_text(re.sub(r'<!-- Generated with .*? -->', '', p.read_text(encoding='utf-8')), encoding='utf-8')
+    for p in (work/'html').rglob('*.html'): p.write_text(lean(p.read_text(encoding='utf-8')), encoding='utf-8')
     (work/'html'/'.nojekyll').touch()   # GitHub Pages: serve folders whose names start with _
     shutil.rmtree(docs, ignore_errors=True)
     shutil.move(work/'html', docs)

@@ -7,13 +7,14 @@ what ran where. Cells with `eval: false` never run. A notebook that fails is not
     python nbs/_tools/nbrun.py nbs/01_hashing.ipynb --flags cuda  # on a GPU machine
     python nbs/_tools/nbrun.py --stale                            # run nothing: are stored outputs those of the cells?
 """
-import argparse, hashlib, os, sys, time
+import argparse, base64, hashlib, io, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from tempfile import TemporaryDirectory
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, DeadKernelError
 from nbdev.clean import clean_nb
+from PIL import Image
 from traitlets.config import Config
 from common import cfg, directives, flags, notebooks, rel, root
 
@@ -36,6 +37,20 @@ def machine(cuda):
     "What the outputs were made with"
     import torch
     return f'torch {torch.__version__}' + (f' on {torch.cuda.get_device_name()}' if cuda else '')
+
+def palette(png):
+    "A picture in base64 with 128 colours at most, which for plots is a third of the bytes; one that has a palette stays"
+    picture,out = Image.open(io.BytesIO(base64.b64decode(png))),io.BytesIO()
+    if picture.mode=='P': return png
+    flat = Image.new('RGB', picture.size, 'white')
+    flat.paste(picture, mask=picture.getchannel('A') if picture.mode=='RGBA' else None)
+    flat.quantize(128, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(out, 'PNG', optimize=True)
+    return base64.b64encode(out.getvalue()).decode()
+
+def slim(nb):
+    "Give the pictures among the outputs of `nb` a palette"
+    for data in (o['data'] for c in nb.cells for o in c.get('outputs', ()) if 'data' in o):
+        if 'image/png' in data: data['image/png'] = palette(data['image/png'])
 
 class Client(NotebookClient):
     "A notebook client that leaves alone the cells which `force` does not release"
@@ -63,6 +78,7 @@ def run(path, force, timeout):
         except (CellExecutionError, DeadKernelError, TimeoutError) as e:
             return 'FAILED', time.perf_counter()-start, str(e)
     clean_nb(nb, allowed_cell_metadata_keys=cfg.allowed_cell_metadata_keys.split())
+    slim(nb)
     new = nbformat.writes(nb)+'\n'
     if new!=old: path.write_text(new, encoding='utf-8')
     return 'same' if new==old else 'updated', time.perf_counter()-start, ''
