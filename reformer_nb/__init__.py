@@ -5,4 +5,10 @@ from .lsh import LSHAttention as LSHAttention, lsh_attention as lsh_attention
 from .reformer import Reformer as Reformer
 from .reversible import ReversibleSequence as ReversibleSequence
 from .self_attention import LSHSelfAttention as LSHSelfAttention
-from .training import Trainer as Trainer
+
+def __getattr__(name):
+    "`Trainer`, which needs Accelerate, when it is asked for"
+    if name!='Trainer': raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    try: from .trainer import Trainer
+    except ModuleNotFoundError as e: raise ImportError(f"Trainer needs {e.name}; install it by: pip install 'reformer_nb[train]'") from None
+    return Trainer
