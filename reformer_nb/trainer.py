@@ -19,6 +19,7 @@ from .core import check_int
 from .data import Corpus, batch_at
 from .reversible import rng_state, set_rng_state
 from .training import LossOf, TrainSettings, bits_per_byte, learning_rate, make_optimizer
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
@@ -58,16 +59,16 @@ def training_state(
     model:nn.Module, # plain, or sharded by FSDP2
     opt:torch.optim.Optimizer, # of its parameters
     accelerator:Accelerator, # how it is computed
-)->tuple: # {name: tensor} on the CPU, and a record that JSON can hold
+)->tuple: # {name: tensor} on the CPU, and a record that JSON can hold; of use in the first process
     "All that the next step depends on, but the data and the number of the step"
     weights,state = get_state_dict(model, opt, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     tensors,numbers = {f'model.{k}': o for k,o in weights.items()},{}
-    for name,d in state['state'].items():
+    for name,d in state.get('state', {}).items():   # nothing in other processes than the first
         for k,o in d.items(): (tensors if isinstance(o, Tensor) else numbers)[f'optimizer.{name}.{k}'] = o
     for k,o in zip(('cpu', 'device'), rng_state(accelerator.device)):
         if o is not None: tensors[f'rng.{k}'] = accelerator.gather(o[None].to(accelerator.device))   # (processes, bytes)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-    return {k: o.detach().cpu().clone() for k,o in tensors.items()},dict(groups=state['param_groups'], numbers=numbers, scaler=scaler)
+    return {k: o.detach().cpu().clone() for k,o in tensors.items()},dict(groups=state.get('param_groups'), numbers=numbers, scaler=scaler)
 
 # %% ../nbs/18b_trainer.ipynb #load-training-state
 def load_training_state(
@@ -121,7 +122,8 @@ class RunStore:
         "Write a checkpoint, then remove those that are no longer wanted"
         text = json.dumps(record)
         metadata = dict(config=text, sha256=fingerprint(text, tensors))
-        write_atomic(self.path(step), lambda path: save_file(tensors, path, metadata))
+        try: write_atomic(self.path(step), lambda path: save_file(tensors, path, metadata))
+        except SafetensorError as e: raise OSError(f'cannot write {self.path(step)} ({e}); make room, and resume from the checkpoint before') from None
         done = [o for o in self.steps() if o<=step]
         for o in self.steps():   # later ones belong to a run that was given up
             if o not in (*done[-self.keep:], best): self.path(o).unlink()
@@ -200,7 +202,7 @@ class RunFiles:
     )->None:
         "Go back to the newest checkpoint, or begin in a folder that holds none"
         if not (resume and self.resume()) and self.store.steps():
-            raise ValueError(f'{self.out} holds a run; choose another folder, or go on with it by resume=True')
+            raise ValueError(f'{self.out} holds a run; choose another folder, or go on with it by resume=True (--resume)')
         lines = ''.join(json.dumps(o)+'\n' for o in self.history)
         if self.accelerator.is_main_process: write_atomic(self.out/'metrics.jsonl', lambda path: path.write_text(lines, encoding='utf-8'))
 
