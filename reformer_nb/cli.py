@@ -52,8 +52,9 @@ def add_train(
     train.add_argument('--prompt', default='import os\n\ndef ', help='the trained model continues this')
     for name,value in model_flags.items(): train.add_argument(flag(name), type=int, default=value, help='of the model')
     for o in fields(TrainSettings):
-        kind = next(t for t in (int, float, str) if t.__name__ in str(o.type).split('|')[0])
-        train.add_argument(flag(o.name), type=kind, default=own_defaults.get(o.name, o.default), help='of TrainSettings')
+        kind = next(t for t in (int, float, str, bool) if t.__name__ in str(o.type).split('|')[0])
+        how = dict(action='store_true') if kind is bool else dict(type=kind, default=own_defaults.get(o.name, o.default))
+        train.add_argument(flag(o.name), help='of TrainSettings', **how)
 
 # %% ../nbs/21_cli.ipynb #parser
 def make_parser()->argparse.ArgumentParser:

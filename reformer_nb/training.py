@@ -30,6 +30,7 @@ class TrainSettings:
     seed:int=0 # order of the data
     optimizer:str='adamw' # 'adamw', or 'adafactor', which keeps less
     precision:str='no' # 'no' computes as the weights are; 'bf16' or 'fp16' is autocast
+    shard:bool=False # each of several processes holds a part of each weight (FSDP2)
     pieces:int=1 # the share of a batch that a process has is computed in so many pieces
     eval_every:int|None=None # evaluate after so many steps; None does not
     eval_windows:int|None=8 # windows of held-out bytes to evaluate on; None means all

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from reformer_nb.checkpoints import read_weights
+from reformer_nb.language_model import ReformerLM
 
 common = textwrap.dedent('''
     import json, os, sys, torch
@@ -81,11 +82,12 @@ def test_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path):
 
 spread = common + textwrap.dedent('''
     torch.set_default_dtype(torch.float64)
-    settings = TrainSettings(seq_len=64, batch_size=4, steps=int(sys.argv[2]), save_every=5)
+    settings = TrainSettings(seq_len=64, batch_size=4, steps=int(sys.argv[2]), save_every=5, shard='shard' in sys.argv)
     class Mortal(Trainer):
         def one_step(self, start):
             if 'dies' in sys.argv and self.accelerator.process_index==1 and self.step==8: os.kill(os.getpid(), 9)
             super().one_step(start)
+            if self.step==1: print(type(next(self.model.parameters())).__name__, type(next(self.model.parameters()).data).__name__)
     Mortal(model(weight_tie=True), corpus(), settings, out=sys.argv[1], show=False).fit()
 ''')
 no_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason='torch has no gloo')
@@ -96,8 +98,8 @@ def script(tmp_path):
     path.write_text(spread)
     return path
 
-def torchrun(script, *words, **env):
-    launcher = ('-m', 'torch.distributed.run', '--nproc_per_node', '2', '--master_port', str(random.randint(20000, 40000)))
+def torchrun(script, *words):
+    launcher = ('-m', 'torch.distributed.run', '--nproc_per_node', '2', '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0')
     return run(str(script), *words, launcher=launcher)
 
 @no_gloo
@@ -108,6 +110,17 @@ def test_two_processes_learn_like_one(script, tmp_path):
     a,b = (torch.tensor(curve(tmp_path/o), dtype=torch.float64) for o in ('one', 'two'))
     assert len(a)==50 and a[0]-a[-1]>.5
     torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+@no_gloo
+def test_sharded_by_fsdp(script, tmp_path):
+    "Two processes hold half of each weight, and write one checkpoint, which loads"
+    assert run(spread, tmp_path/'one', 6)[0]==0
+    code,said,complaint = torchrun(script, tmp_path/'two', 6, 'shard')
+    assert code==0 and 'DTensor' in said, complaint[-2000:]
+    a,b = (torch.tensor(curve(tmp_path/o), dtype=torch.float64) for o in ('one', 'two'))
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+    a,b = (dict(ReformerLM.from_pretrained(tmp_path/o).named_parameters()) for o in ('one', 'two'))
+    for k,o in a.items(): torch.testing.assert_close(b[k], o, rtol=0, atol=1e-9)
 
 @no_gloo
 def test_a_killed_worker_leaves_a_checkpoint(script, tmp_path):
