@@ -236,7 +236,7 @@ class StepCounter(nn.Module):
             raise RuntimeError(
                 "a layer with fresh rotations was called again during a backward pass "
                 "(torch.utils.checkpoint does that) and would hash differently than in the forward pass; "
-                "use rotations='fixed' without drop_for_hash_rate, or leave recomputing to ReversibleSequence")
+                "use rotations='fixed', or leave recomputing to ReversibleSequence")
         self.step += 1
         return self.step
 
