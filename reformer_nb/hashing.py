@@ -296,6 +296,7 @@ class HashSource(StepCounter):
         return self.count() if changes and self.training and self.hash_seed is not None else 0
 
 # %% ../nbs/01_hashing.ipynb #draw-hash
+@torch.compiler.disable
 def draw_hash(
     source:HashSource, # where the numbers come from
     vecs:Tensor, # (b, h, n, d)
@@ -364,14 +365,13 @@ class BucketHasher(HashSource):
         check_int('bucket_size', bucket_size)
         self.n_hashes,self.bucket_size,self.n_buckets = n_hashes,bucket_size,n_buckets
         self.rehash_each_round,self.n_best = rehash_each_round,1 if rehash_each_round else n_hashes
+        self.split = rehash_each_round and hash_seed is not None
         if n_buckets is not None: self.factors(bucket_size)
-
     def factors(self,
         n:int, # length, padding included
     )->tuple: # even numbers, the lowest digit first
         "The bucket counts of the digits for `n` tokens"
-        split = self.rehash_each_round and self.hash_seed is not None
-        return hash_factors(n, self.bucket_size, self.n_buckets, split=split, n_best=self.n_best)
+        return hash_factors(n, self.bucket_size, self.n_buckets, split=self.split, n_best=self.n_best)
     def n_ids(self,
         n:int, # length, padding included
     )->int: # real tokens have smaller ids
