@@ -11,7 +11,7 @@ __all__ = ['single_hash_limit', 'bucket_factors', 'random_rotations', 'seeded_ge
 # %% ../nbs/01_hashing.ipynb #imports
 import hashlib, math
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .core import as_mask, check_choice, check_int, check_rate, upcast
