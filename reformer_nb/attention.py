@@ -93,8 +93,11 @@ def weighted_values(
 )->Tensor|tuple: # (b, h, query_len, d), zeros at masked positions; or that and the weights
     "Weights times values, with nothing of what is padding or may not be seen"
     if key_mask is not None: weights = weights.masked_fill(~rearrange(key_mask, 'b j -> b 1 1 j'), 0)
-    v = zero_padding(zero_padding(v, mask), key_mask)
-    out = einsum(F.dropout(weights, dropout).to(v.dtype), v, 'b h i j, b h j d -> b h i d')
+    v,used = zero_padding(zero_padding(v, mask), key_mask),weights
+    if dropout:
+        own = torch.eye(*weights.shape[-2:], dtype=torch.bool, device=weights.device)
+        used = torch.where(own, weights, F.dropout(weights, dropout))   # what a lonely query keeps is not dropped
+    out = einsum(used.to(v.dtype), v, 'b h i j, b h j d -> b h i d')
     if mask is not None: out = zero_padding(out, mask[:,:out.shape[2]])
     return (out,weights) if return_weights else out
 
