@@ -261,7 +261,7 @@ def test_layer_of_reformer_pytorch(causal, num_mem_kv, c, pairs, local, attn_chu
     for layer in (ours, theirs):
         torch.manual_seed(3)
         recorded = []
-        layer.callback = lambda attn, ids: recorded.append(ids)
+        layer.callback = lambda attn, ids, recorded=recorded: recorded.append(ids)
         out = layer(**inputs, **masks)
         named = dict(layer.named_parameters())
         results.append((*recorded, out, *torch.autograd.grad(out.sin().sum(), [*inputs.values(), *(named[k] for k in sorted(named))])))
