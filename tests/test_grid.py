@@ -6,7 +6,7 @@ import pytest
 import torch
 from reformer_nb.attention import lsh_attention_oracle
 from reformer_nb.hashing import BucketHasher
-from reformer_nb.lsh import lsh_attention
+from reformer_nb.lsh import lsh_attention, lsh_weights
 from reformer_nb.reformer import Reformer
 
 def masks(kind, b, n):
@@ -15,23 +15,37 @@ def masks(kind, b, n):
     if kind=='end': return torch.arange(n) < torch.tensor([[n], [max(1, n//2)]])
     return torch.rand(b, n, generator=torch.Generator().manual_seed(n)) > .4
 
-lsh_grid = list(product((1, 5, 16, 23, 48), (4, 8), (1, 2, 4), (False, True), ('none', 'round', 'rounds'),
-                        (True, False), (True, False), ('none', 'end', 'holes')))
+def hidden(kind, b, n, query_len):
+    "Keys that nobody may see: none, those that ask (attention to the context alone), or any"
+    if kind=='none': return None
+    if kind=='context': return torch.arange(n).expand(b, n) >= query_len
+    return torch.rand(b, n, generator=torch.Generator().manual_seed(n+1)) > .4
 
-@pytest.mark.parametrize('n,m,r,causal,look_back,across,duplicates,mask', grids.sample(lsh_grid, 60))
-def test_lsh_attention_equals_the_oracle(n, m, r, causal, look_back, across, duplicates, mask):
+def pairs(kind, b, n, query_len):
+    "No matrix of pairs, or a random one whose first row allows nothing"
+    if not kind: return None
+    return (torch.rand(b, query_len, n, generator=torch.Generator().manual_seed(n+2)) > .5).index_fill(1, torch.tensor([0]), False)
+
+lsh_grid = list(product((1, 5, 16, 23, 48), (4, 8), (1, 2, 4), (False, True), ('none', 'round', 'rounds'), (True, False), (True, False),
+                        ('none', 'end', 'holes'), (None, .6), ('none', 'context', 'any'), (False, True)))
+
+@pytest.mark.parametrize('n,m,r,causal,look_back,across,duplicates,mask,asking,keys,matrix', grids.sample(lsh_grid, 300))
+def test_lsh_attention_equals_the_oracle(n, m, r, causal, look_back, across, duplicates, mask, asking, keys, matrix):
     generator = torch.Generator().manual_seed(0)
     qk,v,weights = (torch.randn(2, 3, n, 6, dtype=torch.double, generator=generator) for _ in range(3))
-    mask = masks(mask, 2, n)
+    query_len,mask = n if asking is None else max(1, int(asking*n)),masks(mask, 2, n)
     buckets = BucketHasher(r, m).eval()(qk, mask)
-    options = dict(bucket_size=m, causal=causal, mask=mask, look_back=look_back, attend_across_buckets=across, allow_duplicate_attention=duplicates)
+    options = dict(bucket_size=m, causal=causal, mask=mask, look_back=look_back, attend_across_buckets=across, allow_duplicate_attention=duplicates,
+                   query_len=None if asking is None else query_len, key_mask=hidden(keys, 2, n, query_len), attn_mask=pairs(matrix, 2, n, query_len))
     results = []
     for f in (lsh_attention, lsh_attention_oracle):
         x,y = qk.clone().requires_grad_(),v.clone().requires_grad_()
         out = f(x, y, buckets, **options)
-        (out*weights).sum().backward()
+        (out*weights[:,:,:query_len]).sum().backward()
         results.append((out, x.grad, y.grad))
     zero = torch.zeros_like(qk)
+    results[0] += (lsh_weights(qk, buckets, **options),)
+    results[1] += (lsh_attention_oracle(qk, v, buckets, return_weights=True, **options)[1],)
     for a,b in zip(*results): torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=0, atol=1e-12)
 
 reversible_grid = list(product((False, True), (1, 2, 4), (1, 3), (0., .1), (False, True), (32, 37), ('none', 'end', 'holes'), (0, None), (0, 1)))
