@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import Config, accept_names, as_mask, check_choice, check_int, real_positions, upcast
-from .next_token import NextToken, as_tokens
+from .next_token import NextToken, as_tokens, check_predicts, next_token_loss
 from .positions import AbsolutePositionalEmbedding, AxialPositionalEmbedding, FixedPositionalEmbedding, RotaryEmbedding
 from .reformer import Pretrained, Reformer, old_arguments, old_names
 
@@ -112,7 +112,7 @@ class TokenModel(nn.Module):
         table = self.token_emb.weight
         return (F.normalize(table, dim=-1) if self.config['weight_tie_embedding']=='normalized' else table),None
 
-    @accept_names(removed=dict(context='pass the context as keys', pos_emb='a language model makes its positions; leave it out'))
+    @accept_names(renamed=dict(context='keys'), removed=dict(pos_emb='the model makes its positions; leave it out'))
     def forward(self,
         tokens:Tensor, # (b, n) integers, of any length up to `max_seq_len`
         input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
@@ -140,11 +140,13 @@ class Generative:
         eos_token:int|None=None, # a row ends with this token
         pad_token:int=0, # fills up rows that have ended
         generator:torch.Generator|None=None, # source of randomness; None uses torch's global one
+        keys:Tensor|None=None, # (b, c, e) context, which every position may look at
+        context_mask:Tensor|None=None, # (b, c) True or 1 where a real token stands
     )->Tensor: # (b, max_new_tokens) the new tokens only
         "Continue the prompt"
         from reformer_nb.generation import generate
         return generate(self, prompt, max_new_tokens, input_mask=input_mask, temperature=temperature, top_k=top_k, top_p=top_p,
-                        eos_token=eos_token, pad_token=pad_token, generator=generator)
+                        eos_token=eos_token, pad_token=pad_token, generator=generator, keys=keys, context_mask=context_mask)
 
 # %% ../nbs/11_language_model.ipynb #old-lm-arguments
 old_lm_arguments = dict(**old_arguments, rotary_emb='positions are rotary unless another kind is chosen; leave it out')

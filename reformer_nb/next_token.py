@@ -103,7 +103,7 @@ def check_predicts(
 # %% ../nbs/10b_next_token.ipynb #next-token
 class NextToken:
     "The loss of a model with a `config`, whose method `embed` makes vectors of tokens, and `head` a table and a bias for logits"
-    @accept_names(removed=dict(context='pass the context as keys'))
+    @accept_names(renamed=dict(context='keys'))
     def loss(self,
         tokens:Tensor, # (b, n) integers; each position is to predict the next real token
         input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands

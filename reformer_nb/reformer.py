@@ -46,7 +46,7 @@ class TwoStreams(nn.Module):
         self.dim,self.layers,self.max_seq_len = dim,layers,max_seq_len
         self.context_dim,self.g_takes = context_dim or dim,g_takes
 
-    @accept_names(removed=dict(context='pass the context as keys'))
+    @accept_names(renamed=dict(context='keys'))
     def forward(self,
         x:Tensor, # (b, n, e) of any length
         input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
