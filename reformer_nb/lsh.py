@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['last_chunk', 'offset_buckets', 'real_ids', 'take_pairs', 'visible_keys', 'attend_chunks', 'merge_rounds',
-           'count_equal', 'count_repeats', 'check_lsh_inputs', 'real_tokens', 'pad_inputs', 'lsh_attention',
-           'LSHAttention']
+           'count_equal', 'listed_keys', 'count_repeats', 'check_lsh_inputs', 'real_tokens', 'pad_inputs',
+           'who_sees_whom', 'lsh_attention', 'lsh_weights', 'LSHAttention']
 
 # %% ../nbs/04_lsh.ipynb #imports
 import math
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
-from .attention import check_masks, lsh_attention_oracle, rotate_queries, single_head_masks, unit_norm, zero_padding
+from .attention import check_masks, multiset_weights, rotate_queries, single_head_masks, unit_norm, zero_padding
 from .core import as_mask, check_choice, check_int, check_rate, mask_value, pad_to_multiple, upcast
 from .hashing import BucketHasher, bucket_count, bucket_factors
 from .sorting import add_look_back, chunk, look_backs, restore_order, sort_by_bucket, take_sorted, unchunk
@@ -49,7 +49,7 @@ def take_pairs(
     k_pos:Tensor, # (b, h, r, c, 2m) positions of the keys
 )->Tensor: # (b, h, r, c, m, 2m) bool; outside of `attn_mask` its nearest entry, which does not matter
     "The entries of a matrix of pairs, where the chunks need them"
-    (b,query_len,n),(_,h,r,c,m) = attn_mask.shape,q_pos.shape
+    query_len,n = attn_mask.shape[1:]
     pairs = n*q_pos.clamp(max=query_len-1)[...,:,None] + k_pos.clamp(max=n-1)[...,None,:]
     return attn_mask.flatten(1).gather(1, pairs.flatten(1)).view(pairs.shape)
 
@@ -114,6 +114,15 @@ def count_equal(
     return torch.searchsorted(ordered, x, right=True) - torch.searchsorted(ordered, x)
 
 # %% ../nbs/04_lsh.ipynb #count-repeats
+def listed_keys(
+    k_pos:Tensor, # (b, h, r, c, 2m) positions of the keys
+    visible:Tensor, # (b, h, r, c, m, 2m) bool
+    undo_sort:Tensor, # (b, h, r, n)
+)->Tensor: # (b, h, n, k) int64 positions, -1 for a hidden key; k is r*2m
+    "The keys that all rounds show to a query, in one list"
+    shown = torch.where(visible, k_pos[...,None,:], -1)
+    return rearrange(restore_order(unchunk(shown), undo_sort), 'b h r n j -> b h n (r j)')
+
 def count_repeats(
     k_pos:Tensor, # (b, h, r, c, 2m) positions of the keys
     visible:Tensor, # (b, h, r, c, m, 2m) bool
@@ -122,10 +131,8 @@ def count_repeats(
 )->Tensor: # (b, h, r, c, m, 2m) int64
     "How often each visible key occurs among those of its query, all rounds together"
     r,m = visible.shape[2],visible.shape[4]
-    shown = torch.where(visible, k_pos[...,None,:], -1)
-    lists = rearrange(restore_order(unchunk(shown), undo_sort), 'b h r n j -> b h n (r j)')
-    counts = rearrange(count_equal(lists), 'b h n (r j) -> b h r n j', r=r)
-    return chunk(restore_order(counts, sorted_pos), m)
+    counts = count_equal(listed_keys(k_pos, visible, undo_sort))
+    return chunk(restore_order(rearrange(counts, 'b h n (r j) -> b h r n j', r=r), sorted_pos), m)
 
 # %% ../nbs/04_lsh.ipynb #check-inputs
 def check_lsh_inputs(
@@ -166,6 +173,27 @@ def pad_inputs(
     qk,v = (pad_to_multiple(zero_padding(o, real), m, dim=-2) for o in (qk, v))
     return qk,v,pad_to_multiple(buckets, m, value=highest),pad_to_multiple(real, m)
 
+# %% ../nbs/04_lsh.ipynb #who-sees-whom
+def who_sees_whom(
+    buckets:Tensor, # (b, h, r, n) from `pad_inputs`
+    sorted_pos:Tensor, # (b, h, r, n)
+    real:Tensor, # (b, n) bool, True where a real token stands
+    keys:Tensor, # (b, n) bool, True where a query may look
+    *,
+    m:int, # chunk length
+    causal:bool=False, # hide later positions
+    query_len:int|None=None, # positions from here on are keys for everybody; None means there are none
+    look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
+    attend_across_buckets:bool=True, # False: only keys of the same bucket
+    attn_mask:Tensor|None=None, # (b, query_len, n) bool, True where query i may see key j
+)->tuple: # positions of the keys (b, h, r, c, 2m), and which are visible (b, h, r, c, m, 2m)
+    "The keys that each round puts before each query, and those of them that count"
+    def place(o): return chunk(real_ids(buckets, o).gather(-1, sorted_pos), m)
+    q_pos,last = chunk(sorted_pos, m),last_chunk(real, m)
+    k_pos,k_id = (add_look_back(o, last, look_back) for o in (q_pos, place(keys)))
+    return k_pos,visible_keys(q_pos, k_pos, place(real), k_id, causal=causal, query_len=query_len,
+                              attend_across_buckets=attend_across_buckets, attn_mask=attn_mask)
+
 # %% ../nbs/04_lsh.ipynb #lsh-attention
 def lsh_attention(
     qk:Tensor, # (b, h, n, d) shared queries and keys
@@ -192,18 +220,48 @@ def lsh_attention(
     keys = real if key_mask is None else real & pad_to_multiple(key_mask, m)
 
     sorted_pos,undo_sort = sort_by_bucket(buckets)
+    k_pos,visible = who_sees_whom(buckets, sorted_pos, real, keys, m=m, causal=causal, query_len=query_len, look_back=look_back,
+                                  attend_across_buckets=attend_across_buckets, attn_mask=attn_mask)
     q,k,values = (chunk(take_sorted(o, sorted_pos), m) for o in (qk, unit_norm(qk), v))
-    q_pos,q_id,k_id = (chunk(o, m) for o in (sorted_pos, *(real_ids(buckets, o).gather(-1, sorted_pos) for o in (real, keys))))
-    last = last_chunk(real, m)
-    k,values,k_pos,k_id = (add_look_back(o, last, look_back) for o in (k, values, q_pos, k_id))
+    k,values = (add_look_back(o, last_chunk(real, m), look_back) for o in (k, values))
 
-    visible = visible_keys(q_pos, k_pos, q_id, k_id, causal=causal, query_len=query_len,
-                           attend_across_buckets=attend_across_buckets, attn_mask=attn_mask)
     counts = None if allow_duplicate_attention else count_repeats(k_pos, visible, sorted_pos, undo_sort)
     out,lse = attend_chunks(q, k, values, visible, scale=scale, counts=counts, dropout=dropout)
 
     out,lse = (restore_order(unchunk(o), undo_sort)[:,:,:,:query_len] for o in (out, lse))
     return zero_padding(merge_rounds(out, lse, v[:,:,:query_len]), real[:,:query_len])
+
+# %% ../nbs/04_lsh.ipynb #lsh-weights
+def lsh_weights(
+    qk:Tensor, # (b, h, n, d) shared queries and keys
+    buckets:Tensor, # (b, h, r, n) integer bucket ids of each round
+    *,
+    bucket_size:int=64, # chunk length m
+    causal:bool=False, # hide later positions
+    mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
+    scale:float=1., # factor of the scores
+    look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
+    attend_across_buckets:bool=True, # False: only keys of the same bucket
+    allow_duplicate_attention:bool=True, # False: a key met several times counts once
+    query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
+    key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
+    attn_mask:Tensor|None=None, # (b, query_len, n) True or 1 where query i may see key j
+)->Tensor: # (b, h, query_len, n)
+    "The weights that `lsh_attention` gives to all keys, before dropout; takes quadratic memory"
+    check_lsh_inputs(qk, qk, buckets, bucket_size)
+    query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
+    n,m = qk.shape[2],bucket_size
+    padded,_,buckets,real = pad_inputs(qk, qk, buckets, real_tokens(qk, mask), m)
+    keys = real if key_mask is None else real & pad_to_multiple(key_mask, m)
+    sorted_pos,undo_sort = sort_by_bucket(buckets)
+    k_pos,visible = who_sees_whom(buckets, sorted_pos, real, keys, m=m, causal=causal, query_len=query_len, look_back=look_back,
+                                  attend_across_buckets=attend_across_buckets, attn_mask=attn_mask)
+    met = zero_padding(listed_keys(k_pos, visible, undo_sort)+1, real)[:,:,:query_len]   # 0: hidden
+    ones = torch.ones_like(met, dtype=torch.int32)
+    counts = ones.new_zeros(*met.shape[:3], n+1).scatter_add(-1, met, ones)[...,1:]
+    if not allow_duplicate_attention: counts = counts.clamp(max=1)
+    weights = multiset_weights(padded[:,:,:n], counts, scale=scale)
+    return weights if key_mask is None else weights.masked_fill(~rearrange(key_mask, 'b j -> b 1 1 j'), 0)
 
 # %% ../nbs/04_lsh.ipynb #lsh-module
 class LSHAttention(nn.Module):
@@ -249,7 +307,7 @@ class LSHAttention(nn.Module):
         options = dict(self.options, mask=mask, query_len=query_len, attn_mask=pairs)
         out = lsh_attention(qk, v, buckets, dropout=self.dropout if self.training else 0., **options)
         attn = qk.new_empty(0)
-        if self.return_attn: attn = lsh_attention_oracle(qk, v, buckets, return_weights=True, **options)[1][:,0]
+        if self.return_attn: attn = lsh_weights(qk, buckets, **options)[:,0]
         n_ids = math.prod(bucket_factors(self.hasher.n_buckets or bucket_count(qk.shape[2], self.hasher.bucket_size)))
         ids = offset_buckets(buckets, n_ids + (mask is not None))   # padding has an id of its own
         return out[:,0],attn,ids[:,0].flatten(1)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reformer_nb.attention import lsh_attention_oracle
 from reformer_nb.hashing import BucketHasher
-from reformer_nb.lsh import lsh_attention
+from reformer_nb.lsh import lsh_attention, lsh_weights
 from reformer_nb.reformer import Reformer
 
 def masks(kind, b, n):
@@ -44,6 +44,8 @@ def test_lsh_attention_equals_the_oracle(n, m, r, causal, look_back, across, dup
         (out*weights[:,:,:query_len]).sum().backward()
         results.append((out, x.grad, y.grad))
     zero = torch.zeros_like(qk)
+    results[0] += (lsh_weights(qk, buckets, **options),)
+    results[1] += (lsh_attention_oracle(qk, v, buckets, return_weights=True, **options)[1],)
     for a,b in zip(*results): torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=0, atol=1e-12)
 
 reversible_grid = list(product((False, True), (1, 2, 4), (1, 3), (0., .1), (False, True), (32, 37), ('none', 'end', 'holes'), (0, None), (0, 1)))

@@ -1,0 +1,122 @@
+"LSHSelfAttention in float64: the whole layer, output and gradients, against explicit matrices of pairs"
+from itertools import product
+import grids
+import pytest
+import torch
+import torch.nn.functional as F
+from reformer_nb.attention import lsh_attention_oracle
+from reformer_nb.self_attention import LSHSelfAttention
+
+e,h,m,r = 12,3,4,3
+
+def random(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+
+def coins(*shape, keep=.7, seed=0): return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < keep
+
+def new_layer(**options):
+    "A layer with always the same weights, in evaluation"
+    torch.manual_seed(0)
+    return LSHSelfAttention(e, h, m, r, **options).double().eval()
+
+def make_mask(kind, n, seed=1):
+    "No mask, padding at the end of the second row, or holes"
+    if kind=='none': return None
+    if kind=='end': return torch.arange(n) < torch.tensor([[n], [max(1, n//2)]])
+    return coins(2, n, keep=.6, seed=seed)
+
+def attend_by_matrix(qk, v, see, scale, keep):
+    "Softmax over the keys that `see` (b, h, n, N) shows; who sees nobody keeps its value, times `keep`"
+    n = see.shape[2]
+    scores = (qk[:,:,:n] @ F.normalize(qk, dim=-1).mT * scale).masked_fill(~see, -torch.inf)
+    alone = ~see.any(-1, keepdim=True)
+    return torch.where(alone, keep*v[:,:,:n], scores.masked_fill(alone, 0).softmax(-1) @ v)
+
+def windows(real, w, causal):
+    "Which keys (b, n, n) stand in the windows around a query, if the real tokens are cut into windows of `w`"
+    place = (real.cumsum(-1)-1) // w
+    apart = place[:,:,None] - place[:,None]
+    return (apart>=0) & (apart<=1) if causal else apart.abs()<=1
+
+def layer_by_hand(layer, x, buckets, keys=None, input_mask=None, input_attn_mask=None, context_mask=None, pos_emb=None):
+    "The layer from its weights and explicit (n, n+m+c) matrices"
+    b,n,_ = x.shape
+    o,k = layer.options,layer.n_local_attn_heads
+    everything = torch.cat([x] + ([] if layer.mem_kv is None else [layer.mem_kv.expand(b, -1, -1)]) + ([] if keys is None else [keys]), 1)
+    total,c = everything.shape[1],0 if keys is None else keys.shape[1]
+    true = torch.ones(b, total, dtype=torch.bool)
+    mask = torch.cat([true[:,:n] if input_mask is None else input_mask, true[:,n:total-c],
+                      true[:,total-c:] if context_mask is None else context_mask], 1)
+    pairs = torch.ones(b, n, total, dtype=torch.bool)
+    if input_attn_mask is not None: pairs[:,:,:n] = input_attn_mask
+    cut = lambda y: y.unflatten(-1, (-1, layer.dim_head)).transpose(1, 2)
+    plain,v = cut(everything @ layer.toqk.weight.T),cut(everything @ layer.tov.weight.T)
+    if v.shape[1]==1: v = v.repeat(1, h, 1, 1)
+    turned = plain
+    if pos_emb is not None:
+        spun = torch.view_as_complex(plain[:,:,:n].unflatten(-1, (-1,2)).contiguous()) * torch.exp(1j*pos_emb)
+        turned = torch.cat([torch.view_as_real(spun).flatten(-2), plain[:,:,n:]], 2)
+
+    i,j = torch.arange(n)[:,None],torch.arange(total)
+    see = pairs & mask[:,None] & mask[:,:n,None] & (i!=j)
+    if o['causal']: see = see & ((j<i) | (j>=n))
+    if layer.context_only: see = see & (j>=n)
+    keep = 0. if layer.context_only else 1.
+    near = see & torch.cat([windows(mask[:,:n], 2*m, o['causal']), true[:,None,n:].expand(-1, n, -1) & layer.local_memory], 2)
+    local = attend_by_matrix((turned if layer.local_pos_emb else plain)[:,:k], v[:,:k], near[:,None], o['scale'], keep)
+    full = attend_by_matrix(turned[:,k:], v[:,k:], see[:,None], o['scale'], keep)
+    if buckets is None: hashed = full
+    else:
+        hashed = lsh_attention_oracle(turned[:,k:], v[:,k:], buckets, mask=mask, query_len=n, attn_mask=pairs,
+                                      key_mask=(true & (j>=n)) if layer.context_only else None,
+                                      **{a: b for a,b in o.items() if a!='full_attn_thres'})
+        hashed = torch.where((mask.sum(-1)<=o['full_attn_thres']).view(-1, 1, 1, 1), full, hashed)
+    out = torch.cat([local, hashed], 1) * mask[:,None,:n,None]
+    return out.transpose(1, 2).flatten(2) @ layer.to_out.weight.T + layer.to_out.bias
+
+def call(n, c, mask, context_mask, pairs, turn):
+    "Inputs of a call: tensors that get gradients, and masks"
+    inputs = dict(x=random(2, n, e).requires_grad_())
+    if c: inputs['keys'] = random(2, c, e, seed=1).requires_grad_()
+    if turn: inputs['pos_emb'] = random(n, e//h//2, seed=2).requires_grad_()
+    masks = dict(input_mask=make_mask(mask, n))
+    if c: masks['context_mask'] = make_mask(context_mask, c, seed=3)
+    if pairs: masks['input_attn_mask'] = coins(2, n, n, seed=4)
+    return inputs,masks
+
+grid = dict(
+    n=(1, 2, 3, 5, 8, 13, 17, 24, 31), c=(0, 1, 6, 11), causal=(False, True), num_mem_kv=(0, 1, 3), mask=('none', 'end', 'holes'),
+    context_mask=('none', 'end', 'holes'), pairs=(False, True), turn=(False, True), n_local_attn_heads=(0, 1, 2), local=('both', 'positions', 'memory', 'neither'),
+    one_value_head=(False, True), attn_chunks=(1, 2, 4), thres=(0, 4, 9, 100), look_back=('none', 'round', 'rounds'), across=(True, False),
+    duplicates=(True, False), context_only=(False, True), scale=(1., .5), hash_seed=(0, None))
+
+def cases(k, seed=0):
+    "`k` random points of the grid that make sense"
+    import random as rnd
+    draw,found = rnd.Random(seed),[]
+    while len(found)<k:
+        o = {key: draw.choice(values) for key,values in grid.items()}
+        if o['context_only'] and not o['c']: continue
+        if o['context_only'] and o['n_local_attn_heads'] and o['local'] in ('positions', 'neither'): continue
+        found.append(o)
+    return found
+
+def layer_of(o):
+    "The layer that a case describes"
+    return new_layer(causal=o['causal'], num_mem_kv=o['num_mem_kv'], n_local_attn_heads=o['n_local_attn_heads'], full_attn_thres=o['thres'],
+                     local_pos_emb=o['local'] in ('both', 'positions'), local_memory=o['local'] in ('both', 'memory'),
+                     one_value_head=o['one_value_head'], attn_chunks=o['attn_chunks'], look_back=o['look_back'], attend_across_buckets=o['across'],
+                     allow_duplicate_attention=o['duplicates'], context_only=o['context_only'], scale=o['scale'], hash_seed=o['hash_seed'])
+
+def gradients(out, inputs): return torch.autograd.grad((out*random(*out.shape, seed=9)).sum(), inputs, materialize_grads=True)
+
+def name(o): return '-'.join(str(v) for v in o.values())
+
+@pytest.mark.parametrize('o', cases(2000 if grids.whole else 150), ids=name)
+def test_layer_equals_explicit_matrices(o):
+    layer = layer_of(o)
+    inputs,masks = call(o['n'], o['c'], o['mask'], o['context_mask'], o['pairs'], o['turn'])
+    out,buckets = layer.with_state(**inputs, **masks)
+    slow = layer_by_hand(layer, **inputs, buckets=buckets, **masks)
+    torch.testing.assert_close(out, slow, rtol=0, atol=1e-12)
+    leaves = [*inputs.values(), *layer.parameters()]
+    for a,b in zip(gradients(out, leaves), gradients(slow, leaves)): torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
