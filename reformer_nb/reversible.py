@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['check_state', 'Branch', 'needs_grad', 'check_arguments', 'check_output', 'route', 'Call', 'run_branch', 'recompute',
-           'branch_grads', 'run_forward', 'run_backward', 'check_drift', 'ReversibleFunction', 'run_plain',
-           'choose_blocks', 'check_blocks', 'check_streams', 'ReversibleSequence']
+           'branch_grads', 'add_exactly', 'run_forward', 'run_backward', 'check_drift', 'ReversibleFunction',
+           'run_plain', 'choose_blocks', 'check_blocks', 'check_streams', 'ReversibleSequence']
 
 # %% ../nbs/08_reversible.ipynb #imports
 import torch
@@ -186,19 +186,32 @@ def branch_grads(
     dx,*grads = torch.autograd.grad(out, (x, *to.values()), dy.to(out.dtype), allow_unused=True)
     return out.detach(),torch.zeros_like(x) if dx is None else dx,{i: d for i,d in zip(to, grads) if d is not None}
 
+# %% ../nbs/08_reversible.ipynb #add-exactly
+def add_exactly(
+    stream:tuple, # x and the rest that its digits cannot hold, both (b, n, e)
+    out:Tensor, # (b, n, e) what to add
+)->tuple: # the sum and its rest, both (b, n, e)
+    "Add to a number that is kept in two floats, and lose nothing"
+    x,rest = stream
+    total = x + out
+    part = total - x
+    rest = rest + ((x - (total-part)) + (out-part))   # what the addition has rounded away (Knuth's TwoSum)
+    both = total + rest
+    return both,rest - (both-total)
+
 # %% ../nbs/08_reversible.ipynb #run-forward
 def run_forward(
     call:Call, # the pass through the stack; gets random states and samples
     streams:tuple, # x1 and x2, both (b, n, e)
     inputs:list, # tensor arguments and weights
-)->tuple: # y1 and y2, and for each branch a dict of what must not be computed twice
+)->tuple: # y1 and y2, each with its rest, and for each branch a dict of what must not be computed twice
     "Run the stack by eq. 8, and keep no activations"
-    streams,kept = list(streams),[]
+    streams,kept = [(o, torch.zeros_like(o)) for o in streams],[]
     for k,branch in enumerate(call.branches):
         call.rng.append(rng_state(call.device))
         with watch_buffers(branch) as buffers, torch.enable_grad(), save_nothing():
-            out,state = run_branch(call, k, streams[1-k%2].detach().requires_grad_(), inputs)
-        streams[k%2] = streams[k%2] + out.detach()
+            out,state = run_branch(call, k, streams[1-k%2][0].detach().requires_grad_(), inputs)
+        streams[k%2] = add_exactly(streams[k%2], out.detach())
         call.samples.append(sample(out))
         kept.append({'state': state, **buffers})
     call.rng.append(rng_state(call.device))
@@ -207,19 +220,20 @@ def run_forward(
 # %% ../nbs/08_reversible.ipynb #run-backward
 def run_backward(
     call:Call, # the pass through the stack
-    streams:tuple, # y1 and y2, both (b, n, e)
+    streams:list, # y1 and y2, each with its rest
     kept:list, # what `run_forward` kept for each branch
     leaves:list, # tensor arguments and weights
     d_streams:tuple, # gradients of y1 and y2, both (b, n, e)
-)->tuple: # x1 and x2, their gradients, gradients of the leaves (None where there is none), and a drift for each branch
+)->tuple: # x1 and x2, each with its rest, their gradients, gradients of the leaves (None where there is none), and a drift for each branch
     "Undo one branch at a time, and collect gradients"
     streams,d_streams,d_leaves,drifts = list(streams),list(d_streams),[None]*len(leaves),[]
     precision = coarsest(call.dtype, call.autocast)
     for k in reversed(range(len(call.branches))):
         to = k%2   # the stream that the branch has added to
-        out,dx,found = branch_grads(call, k, streams[1-to], kept[k], leaves, d_streams[to])
-        drifts.append(drift(out, call.samples[k], streams[1-to], precision))
-        streams[to] = streams[to] - out
+        x = streams[1-to][0]
+        out,dx,found = branch_grads(call, k, x, kept[k], leaves, d_streams[to])
+        drifts.append(drift(out, call.samples[k], x, precision))
+        streams[to] = add_exactly(streams[to], -out)
         d_streams[1-to] = d_streams[1-to] + dx
         for i,d in found.items(): d_leaves[i] = d if d_leaves[i] is None else d_leaves[i] + d
     return streams,d_streams,d_leaves,drifts
@@ -250,8 +264,8 @@ class ReversibleFunction(torch.autograd.Function):
         "Run the stack and keep its outputs, not its activations"
         streams,kept = run_forward(call, (x1,x2), inputs)
         ctx.call,ctx.names = call,[list(o) for o in kept]
-        ctx.save_for_backward(*streams, *(t for o in kept for t in o.values()), *inputs)
-        return tuple(streams)
+        ctx.save_for_backward(*(o for stream in streams for o in stream), *(t for o in kept for t in o.values()), *inputs)
+        return tuple(o for o,_ in streams)
 
     @staticmethod
     def backward(
@@ -263,7 +277,7 @@ class ReversibleFunction(torch.autograd.Function):
             raise RuntimeError('create_graph=True asks for second derivatives, which a reversible stack does not record; '
                                f'set its reverse_thres to {d_streams[0].shape[1]} or more to run this length plainly')
         saved,wanted = iter(ctx.saved_tensors),ctx.needs_input_grad[3:]
-        streams = next(saved),next(saved)
+        streams = [(next(saved),next(saved)) for _ in range(2)]
         kept = [{name: next(saved) for name in names} for names in ctx.names]
         leaves = [o.detach().requires_grad_(want) for o,want in zip(saved, wanted)]
         _,d_streams,d_inputs,drifts = run_backward(ctx.call, streams, kept, leaves, d_streams)
