@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, reduce
 from torch import Tensor, nn
-from .core import as_mask, check_choice, check_int, check_rate, mask_value, upcast
+from .core import accept_names, as_mask, check_choice, check_int, check_rate, mask_value, upcast
 from .sorting import look_backs
 
 # %% ../nbs/03_attention.ipynb #zero-padding
@@ -182,6 +182,7 @@ def single_head_masks(
 # %% ../nbs/03_attention.ipynb #full-module
 class FullQKAttention(nn.Module):
     "Full attention of single heads with shared queries and keys"
+    @accept_names()
     def __init__(self,
         causal:bool=False, # hide later positions
         dropout:float=0., # share of the attention weights that are zeroed in training
@@ -192,6 +193,7 @@ class FullQKAttention(nn.Module):
         check_rate('dropout', dropout)
         self.causal,self.dropout,self.scale = causal,dropout,scale
 
+    @accept_names()
     def forward(self,
         qk:Tensor, # (b, n, d) shared queries and keys
         v:Tensor, # (b, n, d)

@@ -8,14 +8,13 @@ __all__ = ['last_chunk', 'offset_buckets', 'real_ids', 'take_pairs', 'visible_ke
            'who_sees_whom', 'lsh_attention', 'lsh_weights', 'LSHAttention']
 
 # %% ../nbs/04_lsh.ipynb #imports
-import math
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from .attention import check_masks, multiset_weights, rotate_queries, single_head_masks, unit_norm, zero_padding
-from .core import as_mask, check_choice, check_int, check_rate, mask_value, pad_to_multiple, upcast
-from .hashing import BucketHasher, bucket_count, bucket_factors
+from .core import accept_names, as_mask, check_choice, check_int, check_rate, mask_value, pad_to_multiple, upcast
+from .hashing import BucketHasher
 from .sorting import add_look_back, chunk, look_backs, restore_order, sort_by_bucket, take_sorted, unchunk
 
 # %% ../nbs/04_lsh.ipynb #last-chunk
@@ -266,6 +265,7 @@ def lsh_weights(
 # %% ../nbs/04_lsh.ipynb #lsh-module
 class LSHAttention(nn.Module):
     "LSH attention of single heads: hashes, then attends"
+    @accept_names()
     def __init__(self,
         dropout:float=0., # share of the attention weights that are zeroed in training
         bucket_size:int=64, # chunk length, and how many tokens a bucket holds on average
@@ -287,11 +287,29 @@ class LSHAttention(nn.Module):
         super().__init__()
         check_rate('dropout', dropout)
         check_choice('look_back', look_back, look_backs)
-        self.hasher = BucketHasher(n_hashes, bucket_size, n_buckets=n_buckets, hash_seed=hash_seed, rotations=rotations)
+        if not (rehash_each_round or allow_duplicate_attention):
+            raise ValueError('rehash_each_round=False and allow_duplicate_attention=False exclude each other; set one of them to True')
+        self.hasher = BucketHasher(n_hashes, bucket_size, n_buckets=n_buckets, hash_seed=hash_seed, rotations=rotations,
+                                   random_rotations_per_head=random_rotations_per_head, rehash_each_round=rehash_each_round,
+                                   drop_for_hash_rate=drop_for_hash_rate)
         self.dropout,self.return_attn = dropout,return_attn
         self.options = dict(bucket_size=bucket_size, causal=causal, scale=scale, look_back=look_back,
                             attend_across_buckets=attend_across_buckets, allow_duplicate_attention=allow_duplicate_attention)
 
+    def hash_rows(self,
+        qk:Tensor, # (b, n, d)
+        mask:Tensor|None=None, # (b, n) bool, True where a real token stands
+    )->Tensor: # (b, 1, r, n) bucket ids
+        "Bucket ids; if each head has rotations of its own, a row has those of the layer of its number"
+        hasher,rows = self.hasher,[]
+        if not hasher.random_rotations_per_head or hasher.hash_seed is None: return hasher(qk[:,None], mask)
+        step = hasher.step
+        for i,x in enumerate(qk.split(1)):
+            hasher.step = step   # all rows belong to one training step
+            rows.append(hasher(x[:,None], None if mask is None else mask[i:i+1], layer=i))
+        return torch.cat(rows)
+
+    @accept_names()
     def forward(self,
         qk:Tensor, # (b, n, d) shared queries and keys, of any length
         v:Tensor, # (b, n, d)
@@ -302,12 +320,11 @@ class LSHAttention(nn.Module):
     )->tuple: # output (b, query_len, d), weights (b, query_len, n) or empty, buckets (b, n_hashes*n) int64, unique across rounds
         "Attend, and say where each token was hashed to"
         query_len,mask,pairs = single_head_masks(qk, query_len, input_mask, input_attn_mask)
-        buckets = self.hasher(qk[:,None], mask)
+        buckets = self.hash_rows(qk, mask)
         qk,v = rotate_queries(qk[:,None], pos_emb, query_len),v[:,None]
         options = dict(self.options, mask=mask, query_len=query_len, attn_mask=pairs)
         out = lsh_attention(qk, v, buckets, dropout=self.dropout if self.training else 0., **options)
         attn = qk.new_empty(0)
         if self.return_attn: attn = lsh_weights(qk, buckets, **options)[:,0]
-        n_ids = math.prod(bucket_factors(self.hasher.n_buckets or bucket_count(qk.shape[2], self.hasher.bucket_size)))
-        ids = offset_buckets(buckets, n_ids + (mask is not None))   # padding has an id of its own
+        ids = offset_buckets(buckets, self.hasher.n_ids(qk.shape[2]) + (mask is not None))   # padding has an id of its own
         return out[:,0],attn,ids[:,0].flatten(1)

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reformer_nb.attention import lsh_attention_oracle
-from reformer_nb.self_attention import LSHSelfAttention
+from reformer_nb.self_attention import LSHSelfAttention, join_sequence
 
 e,h,m,r = 12,3,4,3
 
@@ -120,3 +120,113 @@ def test_layer_equals_explicit_matrices(o):
     torch.testing.assert_close(out, slow, rtol=0, atol=1e-12)
     leaves = [*inputs.values(), *layer.parameters()]
     for a,b in zip(gradients(out, leaves), gradients(slow, leaves)): torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+# A call repeated with its buckets
+
+state_grid = list(product((0, None), (1, 3), (0., .3), (0, 5), (0, 1), (False, True), (True, False)))
+
+@pytest.mark.parametrize('hash_seed,attn_chunks,drop,c,local,per_head,rehash', grids.sample(state_grid, 40))
+def test_call_with_buckets_repeats_the_first_one(hash_seed, attn_chunks, drop, c, local, per_head, rehash):
+    layer = new_layer(hash_seed=hash_seed, attn_chunks=attn_chunks, drop_for_hash_rate=drop, dropout=.2, post_attn_dropout=.1, num_mem_kv=2,
+                      n_local_attn_heads=local, random_rotations_per_head=per_head, rehash_each_round=rehash).train()
+    inputs,masks = call(19, c, 'holes', 'end', True, True)
+    start = torch.get_rng_state()
+    with torch.no_grad(): first,buckets = layer.with_state(**inputs, **masks)
+    after,step = torch.get_rng_state(),layer.hasher.step
+    torch.set_rng_state(start)
+    again,same = layer.with_state(**inputs, **masks, buckets=buckets)
+    assert torch.equal(again, first) and torch.equal(same, buckets)
+    assert torch.equal(torch.get_rng_state(), after) and layer.hasher.step==step
+    torch.set_rng_state(start)
+    layer.hasher.step = 0
+    plain = layer.with_state(**inputs, **masks)[0]
+    leaves = [*inputs.values(), *layer.parameters()]
+    for a,b in zip(gradients(again, leaves), gradients(plain, leaves)): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+@pytest.mark.parametrize('o', cases(20, seed=1), ids=name)
+def test_number_of_pieces_does_not_matter(o):
+    o = o | dict(hash_seed=0)
+    inputs,masks = call(o['n'], o['c'], o['mask'], o['context_mask'], o['pairs'], o['turn'])
+    results = []
+    for pieces in (None, 1, 2, 5, 100):
+        layer = layer_of(o | dict(attn_chunks=pieces))
+        out = layer(**inputs, **masks)
+        results.append((out, *gradients(out, [*inputs.values(), *layer.parameters()])))
+    for other in results[1:]:
+        for a,b in zip(results[0], other): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+# Padding
+
+def spread(x, mask, value):
+    "A row whose real tokens `x` stand where `mask` is True"
+    return torch.full((1, len(mask), *x.shape[2:]), value, dtype=x.dtype).masked_scatter(mask[:,None], x)
+
+@pytest.mark.parametrize('o', cases(500 if grids.whole else 60, seed=2), ids=name)
+def test_padding_is_inert(o):
+    layer,n,c = layer_of(o | dict(hash_seed=0)),o['n'],o['c']
+    x,keys,angles = random(1, n, e),random(1, c, e, seed=1) if c else None,random(n, e//h//2, seed=2)
+    pairs = coins(1, n, n, seed=4) if o['pairs'] else None
+    alone = layer(x, keys, input_attn_mask=pairs, pos_emb=angles)
+    for seed,(n_pad,c_pad) in enumerate(((0, 3), (7, 0), (40, 23))):
+        places,c_places = (torch.randperm(k, generator=torch.Generator().manual_seed(seed))<k-p for k,p in ((n+n_pad, n_pad), (c+c_pad, c_pad)))
+        inputs = dict(x=torch.cat([random(1, n+n_pad, e, seed=5), spread(x, places, 1e3)]), input_mask=torch.stack([coins(n+n_pad, seed=6), places]))
+        if c: inputs |= dict(keys=torch.cat([random(1, c+c_pad, e, seed=7), spread(keys, c_places, -50.)]), context_mask=torch.stack([coins(c+c_pad, seed=8), c_places]))
+        inputs['pos_emb'] = spread(angles[None], places, 3.)[0]
+        if o['pairs']:
+            inputs['input_attn_mask'] = coins(2, n+n_pad, n+n_pad, seed=9)
+            inputs['input_attn_mask'][1][places[:,None] & places] = pairs.flatten()
+        torch.testing.assert_close(layer(**inputs)[1:,places], alone, rtol=0, atol=1e-10)
+
+def test_gradients_of_padding_are_zero():
+    layer = new_layer(num_mem_kv=2, n_local_attn_heads=1)
+    inputs,masks = call(19, 11, 'holes', 'holes', True, False)
+    dx,dkeys = torch.autograd.grad(layer(**inputs, **masks)[masks['input_mask']].square().sum(), [*inputs.values()])
+    assert torch.equal(dx.any(-1), masks['input_mask']) and torch.equal(dkeys.any(-1), masks['context_mask'])
+
+@pytest.mark.parametrize('kw', [{}, dict(use_full_attn=True), dict(n_local_attn_heads=2), dict(context_only=True), dict(one_value_head=True, attn_chunks=3)], ids=str)
+def test_gradients_reach_every_input(kw):
+    layer = new_layer(num_mem_kv=3, **kw)
+    inputs,masks = call(19, 11, 'none', 'none', False, True)
+    for g in gradients(layer(**inputs, **masks), [*inputs.values(), *layer.parameters()]): assert g.abs().sum()>0 and g.isfinite().all()
+
+# Memory and context stand outside of time
+
+@pytest.mark.parametrize('full', (False, True))
+def test_causality_hides_later_text_and_nothing_else(full):
+    layer = new_layer(causal=True, use_full_attn=full, num_mem_kv=2, n_local_attn_heads=1, n_buckets=2)
+    inputs,_ = call(19, 11, 'none', 'none', False, False)
+    out,ids = layer.with_state(**inputs)
+    dx,dkeys,dmem = torch.autograd.grad(out[:,6].sum(), [inputs['x'], inputs['keys'], layer.mem_kv])
+    assert not dx[:,7:].any() and dx[:,:7].any(-1).all() and dkeys.any() and dmem.any()
+    if full: assert dkeys.any(-1).all() and dmem.any(-1).all()
+
+# The callback
+
+@pytest.mark.parametrize('o', cases(40, seed=3), ids=name)
+def test_callback_gets_the_weights_that_attend(o):
+    layer,n,c = layer_of(o | dict(n_local_attn_heads=0)),o['n'],o['c']
+    inputs,masks = call(n, c, o['mask'], o['context_mask'], o['pairs'], o['turn'])
+    seen = []
+    layer.callback = lambda attn, ids: seen.append((attn, ids))
+    layer(**inputs, **masks)
+    layer.return_attn = True
+    out,buckets = layer.with_state(**inputs, **masks)
+    layer.with_state(**inputs, **masks, buckets=buckets)
+    total = n+c+o['num_mem_kv']
+    assert [tuple(a.shape) for a,_ in seen[:2]]==[(2, h, n, 0), (2, h, n, total)]
+    attn,ids = seen[-1]
+    assert ids.shape==(2, h, 0 if buckets is None else r*total) and not attn.requires_grad
+    everything = join_sequence(inputs['x'], layer.mem_kv, inputs.get('keys'))
+    by_weights = layer.join_heads(attn @ layer.split_heads(everything)[1])
+    real = torch.ones(2, n, dtype=torch.bool) if masks['input_mask'] is None else masks['input_mask']
+    torch.testing.assert_close(by_weights[real], out[real], rtol=0, atol=1e-12)
+    if buckets is not None:
+        assert len(seen)==2   # a repeated call does not report
+        assert len({frozenset(o.unique().tolist()) for o in ids.view(2, h, r, total)[0,0]})==r
+
+def test_callback_is_silent_in_a_backward_pass():
+    from torch.utils.checkpoint import checkpoint
+    layer,calls = new_layer(use_full_attn=True),[]
+    layer.callback = lambda attn, ids: calls.append(1)
+    checkpoint(layer, random(2, 9, e).requires_grad_(), use_reentrant=False).sum().backward()
+    assert calls==[1]
