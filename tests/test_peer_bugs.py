@@ -278,9 +278,9 @@ def test_L18_output_changed_in_place():
     from reformer_pytorch.reversible import ReversibleSequence
     def blocks():
         torch.manual_seed(0)
-        new = lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU())
+        new = lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 16), nn.GELU()).double()
         return nn.ModuleList([nn.ModuleList([new(), new()]) for _ in range(2)])
-    x,found = torch.randn(2, 8, 32),{}
+    x,found = torch.randn(2, 8, 32, dtype=torch.double),{}
     for name,cls in (('theirs', ReversibleSequence), ('ours', reformer_nb.ReversibleSequence)):
         for thres in (0, 10**9):
             model = cls(blocks(), reverse_thres=thres)
@@ -291,7 +291,7 @@ def test_L18_output_changed_in_place():
     right = found['ours',10**9]
     assert (found['theirs',0]-right).norm()/right.norm()>.01   # silently wrong
     ours = found['ours',0]
-    assert 'inplace' in ours if isinstance(ours, str) else torch.allclose(ours, right, rtol=1e-4)
+    assert 'inplace' in ours if isinstance(ours, str) else torch.allclose(ours, right, rtol=1e-9)
 
 @pytest.mark.parametrize('options', ({}, dict(causal=True), dict(n_local_attn_heads=2), dict(use_full_attn=True)))
 def test_L19_padding_moves_nothing(options):
@@ -352,12 +352,11 @@ def test_L24_safetensors(tmp_path):
     with pytest.raises(RuntimeError, match='share memory'): save_file(theirs.state_dict(), tmp_path/'theirs')
     save_file({k: o.contiguous() for k,o in ours.state_dict().items()}, tmp_path/'ours')
 
-def test_L24_tracing():
+def test_L24_export():
     x = tokens()
-    theirs,ours = (o.float().eval() for o in both(**lm))
-    traced = torch.jit.trace(ours, x, check_trace=False)
-    torch.testing.assert_close(traced(x), ours(x))
-    with pytest.raises(Exception): torch.jit.trace(theirs, x, check_trace=False)
+    model = both(**lm)[1].float().eval()
+    program = torch.export.export(model, (x,))
+    torch.testing.assert_close(program.module()(x), model(x))
 
 def test_L25_masks_of_integers_and_empty_batches():
     x,mask = torch.randn(2, 64, 32, dtype=torch.double),torch.arange(64)<torch.tensor([[64], [41]])
@@ -372,7 +371,7 @@ def test_L26_reading_bytes(tmp_path):
     "The peer's enwik8 example calls `np.fromstring`, which numpy 2 refuses"
     with pytest.raises(ValueError): np.fromstring(b'abc', dtype=np.uint8)
     (tmp_path/'a.txt').write_text('abc '*1000)
-    assert bytes(files_corpus(tmp_path).train[:4].tolist()) in b'abc abc abc'
+    assert bytes(files_corpus([tmp_path]).train[:4].tolist()) in b'abc abc abc'
 
 # ---- other Reformers -----------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ import pytest
 import reformer_nb
 import torch
 from reformer_nb.attention import FullQKAttention
-from reformer_nb.compat import upstream_names
+from reformer_nb.upstream import upstream_names
 from torch import nn
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def inputs(name, dtype=torch.double):
 def forward(model, name, dtype=torch.double):
     args,call,leaves = inputs(name, dtype)
     torch.manual_seed(3)
-    with peer.exact(): out = model(*args, **call)
+    with peer.exact() if dtype==torch.double else contextlib.nullcontext(): out = model(*args, **call)
     if (mask := call.get('input_mask')) is not None: out = out*mask[...,None]   # what stands at padded places is nobody's
     return out,leaves
 
@@ -160,7 +160,7 @@ def test_enough_configurations():
     import reformer_pytorch   # the case of all options at once leaves out those that exclude each other
     assert {'ReformerLM','Reformer','LSHSelfAttention','ReformerEncDec'} <= {o for o,_,_ in cases.values()} <= set(dir(reformer_pytorch))
 
-@pytest.mark.parametrize('name', [k for k,(_,options,_) in cases.items() if not options.get('causal') and k!='encoder_decoder'])
+@pytest.mark.parametrize('name', [k for k,(_,options,_) in cases.items() if not options.get('causal') and options.get('lsh_attend_across_buckets', True) and k!='encoder_decoder'])
 def test_float32_outputs_are_close(name):
     "Every row sees another key than itself here"
     theirs,ours = pair(name, torch.float32)
