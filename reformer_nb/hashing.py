@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['single_hash_limit', 'bucket_factors', 'random_rotations', 'seeded_generator', 'nearest_axis', 'nearest_axes',
            'check_rotations', 'rotate_vectors', 'hash_vectors', 'collision_probability', 'bucket_count',
-           'bucket_digits', 'hash_factorised', 'id_dtype', 'assign_buckets', 'StepCounter', 'balanced_factors',
-           'drop_entries', 'BucketHasher']
+           'bucket_digits', 'hash_factorised', 'split_count', 'split_counts', 'id_dtype', 'assign_buckets',
+           'StepCounter', 'drop_entries', 'HashSource', 'draw_hash', 'hash_factors', 'row_factors', 'BucketHasher']
 
 # %% ../nbs/01_hashing.ipynb #imports
 import hashlib, math
@@ -71,13 +71,12 @@ def nearest_axes(
     k:int, # how many ends of axes to name
     n_axes:Tensor|None=None, # (...) how many of the s axes count, the first ones; None means all
 )->Tensor: # (..., k) int64, the nearest end last
-    "The `k` largest entries of `[x; -x]`, the largest last"
-    s = x.shape[-1]
-    both = torch.cat([x,-x], dim=-1)
+    "Where the `k` largest entries of `[x; -x]` are, the largest last"
+    s,both = x.shape[-1],torch.cat([x, -x], dim=-1)
     if n_axes is None: return both.topk(k).indices.flip(-1)
-    beyond = torch.arange(2*s, device=x.device)%s >= n_axes[...,None]
-    ids = both.masked_fill(beyond, -math.inf).topk(k).indices.flip(-1)
-    return torch.where(ids<s, ids, ids-s+n_axes[...,None])
+    beyond = torch.arange(2*s, device=x.device) % s >= n_axes[...,None]
+    found = both.masked_fill(beyond, -math.inf).topk(k).indices.flip(-1)
+    return torch.where(found<s, found, found - s + n_axes[...,None])
 
 # %% ../nbs/01_hashing.ipynb #check-rotations
 def check_rotations(
@@ -154,24 +153,27 @@ def bucket_count(
     pairs = -(-length // (2*bucket_size))
     return 2*pairs.clamp(min=1) if isinstance(pairs, Tensor) else 2*max(pairs, 1)
 
-# %% ../nbs/01_hashing.ipynb #hash-factorised
+# %% ../nbs/01_hashing.ipynb #bucket-digits
 def bucket_digits(
-    rotations:Tensor|tuple, # (h, d, r, s), or a tuple of those, one for each digit
-    n_buckets:int|tuple|Tensor, # an even number, even factors, (b) a number for each row, or a tuple of those
-)->list: # (rotations, factor) of each digit, the lowest first
+    rotations:Tensor|tuple, # (h, d, r, s), or one such tensor for each digit, with columns to spare
+    n_buckets:int|tuple|Tensor, # an even number, even factors, (b) one number a row, or a tuple of those
+)->list: # (columns, factor) of each digit, the lowest first
     "The hashes that make the digits of a bucket id"
     if isinstance(n_buckets, Tensor): return [(rotations, n_buckets)]
-    if isinstance(rotations, tuple): return list(zip(rotations, n_buckets, strict=True))
+    if isinstance(rotations, tuple):
+        return [(o if isinstance(f, Tensor) else o[..., :f//2], f)
+                for o,f in zip(rotations, n_buckets, strict=True)]
     factors,s = bucket_factors(n_buckets),rotations.shape[-1]
     if sum(factors)!=2*s:
-        raise ValueError(f'n_buckets={n_buckets} needs {sum(factors)//2} rotated columns, rotations have {s}; '
-                         f'use random_rotations({rotations.shape[1]}, {n_buckets})')
+        raise ValueError(f'n_buckets={n_buckets} needs {sum(factors)//2} rotated columns, '
+                         f'rotations have {s}; use random_rotations({rotations.shape[1]}, {n_buckets})')
     return list(zip(rotations.split([f//2 for f in factors], dim=-1), factors))
 
+# %% ../nbs/01_hashing.ipynb #hash-factorised
 def hash_factorised(
     vecs:Tensor, # (b, h, n, d)
-    rotations:Tensor|tuple, # (h, d, r, s), or a tuple of those, one for each digit
-    n_buckets:int|tuple|Tensor, # an even number, even factors, (b) a number for each row, or a tuple of those
+    rotations:Tensor|tuple, # (h, d, r, s), or one such tensor for each digit
+    n_buckets:int|tuple|Tensor, # an even number, even factors, (b) one number a row, or a tuple of those
 )->Tensor: # (b, h, r, n) int64, bucket ids 0 to the product of the factors - 1
     "Bucket ids whose digits, in the mixed radix `n_buckets`, are hashes of their own"
     ids,place = 0,1
@@ -180,6 +182,30 @@ def hash_factorised(
         ids = ids + place*hash_vectors(vecs, columns, f if by_row else None)
         place = place*(rearrange(f, 'b -> b 1 1 1') if by_row else f)
     return ids
+
+# %% ../nbs/01_hashing.ipynb #split-count
+single_hash_limit = 128   # more buckets than these are two digits
+
+def split_count(
+    n_buckets:int, # an even number
+)->tuple: # the number itself up to `single_hash_limit`, else two even factors
+    "Factors whose product is `n_buckets` or a little more"
+    if n_buckets<=single_hash_limit: return (n_buckets,)
+    low = 2*(math.isqrt((n_buckets-1)//4) + 1)   # the even number that is the root, or next above
+    return low,2*((n_buckets-1)//(2*low) + 1)
+
+# %% ../nbs/01_hashing.ipynb #split-counts
+def split_counts(
+    n_buckets:Tensor, # (b) even numbers below 2**24, one a row
+)->tuple: # two (b), the factors of each row; the second is 1 up to `single_hash_limit`
+    "`split_count` for each row of a batch"
+    quarter = (n_buckets-1)//4
+    root = quarter.float().sqrt().long()
+    root = root - (root*root > quarter).long()
+    low = 2*(root+1)
+    high = 2*((n_buckets-1)//(2*low) + 1)
+    many = n_buckets>single_hash_limit
+    return torch.where(many, low, n_buckets),torch.where(many, high, 1)
 
 # %% ../nbs/01_hashing.ipynb #id-dtype
 def id_dtype(
@@ -191,25 +217,23 @@ def id_dtype(
 # %% ../nbs/01_hashing.ipynb #assign-buckets
 def assign_buckets(
     vecs:Tensor, # (b, h, n, d)
-    rotations:Tensor|tuple, # (h, d, r, s), (1, d, r, s), (b*h, d, r, s), or a tuple of those, one for each digit
-    n_buckets:int|tuple|Tensor, # an even number, even factors, (b) a number for each row, or a tuple of those
+    rotations:Tensor|tuple, # (h, d, r, s), (1, d, r, s) or (b*h, d, r, s), or one such tensor for each digit
+    n_buckets:int|tuple|Tensor, # an even number, even factors, (b) one number a row, or a tuple of those
     *,
     mask:Tensor|None=None, # (b, n) True or 1 where a real token stands; None means everywhere
-    n_ids:int|None=None, # the id of padding; None takes the first that no token can get
-    n_best:int=1, # how many of a vector's best buckets to take as rounds
+    n_ids:int|None=None, # the id of padding; None takes the first that the columns cannot give
+    n_best:int=1, # more than 1: this many best buckets of the one hash are the rounds
     block:int=1024, # positions hashed at a time
 )->Tensor: # (b, h, r, n) int16 or int32 bucket ids; padding has the id after the last
     "Bucket ids of `vecs`, with a bucket for padding, in memory for `block` rotated positions"
     check_int('block', block)
     digits = bucket_digits(rotations, n_buckets)
     if n_ids is None: n_ids = math.prod(2*columns.shape[-1] for columns,_ in digits)
-    dtype = id_dtype(n_ids+1)
-    if n_best>1:
-        ((columns,k),) = digits
-        k = k if isinstance(k, Tensor) else None
-        hashed = lambda v: hash_vectors(v, columns, k, n_best=n_best)
-    else: hashed = lambda v: hash_factorised(v, rotations, n_buckets)
-    ids = torch.cat([hashed(v).to(dtype) for v in vecs.split(block, dim=2)], dim=-1)
+    if n_best==1: hashed = lambda v: hash_factorised(v, rotations, n_buckets)
+    else:
+        ((columns,f),) = digits
+        hashed = lambda v: hash_vectors(v, columns, f if isinstance(f, Tensor) else None, n_best=n_best)
+    ids = torch.cat([hashed(v).to(id_dtype(n_ids+1)) for v in vecs.split(block, dim=2)], dim=-1)
     if mask is None: return ids
     mask = as_mask(mask, (vecs.shape[0], vecs.shape[2]), 'mask')
     return ids.masked_fill(~rearrange(mask, 'b n -> b 1 1 n'), n_ids)
@@ -240,40 +264,90 @@ class StepCounter(nn.Module):
         self.step += 1
         return self.step
 
-# %% ../nbs/01_hashing.ipynb #balanced-factors
-single_hash_limit = 128   # more buckets than these are factorised
-
-def balanced_factors(
-    n_buckets:int|Tensor, # an even number, or (b) even numbers, one a row
-)->tuple: # two even factors, each an int or (b); the second is 1 up to `single_hash_limit`
-    "Factors near the square root whose product is `n_buckets` or a little more"
-    quarter = (n_buckets-1)//4
-    if isinstance(n_buckets, Tensor):
-        root = quarter.float().sqrt().long()
-        root = root - (root*root>quarter).long()   # float32 may round up
-        low = 2*(root+1)
-        high = 2*((n_buckets-1)//(2*low) + 1)
-        many = n_buckets>single_hash_limit
-        return torch.where(many, low, n_buckets),torch.where(many, high, 1)
-    if n_buckets<=single_hash_limit: return n_buckets,1
-    low = 2*(math.isqrt(quarter)+1)
-    return low,2*((n_buckets-1)//(2*low) + 1)
-
-# %% ../nbs/01_hashing.ipynb #drop-seeded
+# %% ../nbs/01_hashing.ipynb #drop-entries
 def drop_entries(
     vecs:Tensor, # (b, h, n, d)
     rate:float, # share of the entries that become 0
-    generator:torch.Generator|None, # on the CPU; None leaves it to `torch.nn.functional.dropout`
+    generator:torch.Generator|None=None, # on the CPU; None leaves it to `torch.nn.functional.dropout`
 )->Tensor: # (b, h, n, d)
-    "`vecs` with random entries set to 0; with a generator, more positions change none before them"
+    "`vecs` with random entries set to 0"
     if generator is None: return F.dropout(vecs.contiguous(), rate)
     b,h,n,d = vecs.shape
-    drop = torch.rand(n, b, h, d, generator=generator) < rate
+    drop = torch.rand(n, b, h, d, generator=generator, dtype=torch.float32) < rate
     return vecs.masked_fill(rearrange(drop, 'n b h d -> b h n d').to(vecs.device), 0)
 
+# %% ../nbs/01_hashing.ipynb #hash-source
+class HashSource(StepCounter):
+    "Knows where the random numbers of a hash come from"
+    def __init__(self,
+        hash_seed:int|None=0, # numbers follow from it, the layer and the step; None takes torch's global ones
+        rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'
+        random_rotations_per_head:bool=False, # whether each head has rotations of its own
+        drop_for_hash_rate:float=0., # dropout of the vectors that are hashed, in training
+    ):
+        super().__init__()
+        check_choice('rotations', rotations, ('fresh', 'fixed'))
+        check_rate('drop_for_hash_rate', drop_for_hash_rate)
+        self.hash_seed,self.rotations = hash_seed,rotations
+        self.random_rotations_per_head,self.drop_for_hash_rate = random_rotations_per_head,drop_for_hash_rate
+    def next_step(self)->int: # 0 in evaluation, and where nothing changes from step to step
+        "Count a training forward"
+        changes = self.rotations=='fresh' or self.drop_for_hash_rate>0
+        return self.count() if changes and self.training and self.hash_seed is not None else 0
+
+# %% ../nbs/01_hashing.ipynb #draw-hash
+def draw_hash(
+    source:HashSource, # where the numbers come from
+    vecs:Tensor, # (b, h, n, d)
+    factors:tuple, # bucket counts of the digits
+    *,
+    n_hashes:int=1, # rotations for each digit
+    layer:int=0, # index of the layer
+)->tuple: # rotations (h, d, r, s) for each digit, h is 1 if heads share; and the vectors to hash
+    "The random part of a hash"
+    b,h,_,d = vecs.shape
+    step,seed = source.next_step(),source.hash_seed
+    turn = step if source.rotations=='fresh' else 0
+    heads = (b*h if seed is None else h) if source.random_rotations_per_head else 1
+    if len(factors)>1: factors = (max(factors[0], single_hash_limit), *factors[1:])
+    numbers = lambda step, use: None if seed is None else seeded_generator(seed, layer=layer, step=step, use=use)
+    drawn = tuple(random_rotations(d, f, n_hashes=n_hashes, n_heads=heads, device=vecs.device,
+                                   generator=numbers(turn, f' digit {k}' if k else '')) for k,f in enumerate(factors))
+    if not (source.training and source.drop_for_hash_rate): return drawn,vecs
+    return drawn,drop_entries(vecs.detach(), source.drop_for_hash_rate, numbers(step, ' drop'))
+
+# %% ../nbs/01_hashing.ipynb #hash-factors
+def hash_factors(
+    n:int, # length, padding included
+    bucket_size:int, # tokens that a bucket holds on average, at the most
+    n_buckets:int|tuple|None=None, # a fixed number, or its factors
+    *,
+    split:bool=True, # whether many buckets become two digits
+    n_best:int=1, # buckets of one hash that a vector is put into
+)->tuple: # even numbers, the lowest digit first
+    "The bucket counts of the digits for `n` tokens"
+    count = bucket_count(n, bucket_size)
+    factors = bucket_factors(n_buckets) if n_buckets is not None else split_count(count) if split else (count,)
+    if n_best>1 and (len(factors)>1 or n_best>factors[0]):
+        raise ValueError(f'rehash_each_round=False with n_hashes={n_best} takes that many buckets of one hash, but '
+                         f'n_buckets={factors}; use fewer rounds, or a larger number of buckets (not a product)')
+    return factors
+
+# %% ../nbs/01_hashing.ipynb #row-factors
+def row_factors(
+    mask:Tensor, # (b, n) bool, True where a real token stands
+    bucket_size:int, # tokens that a bucket holds on average, at the most
+    *,
+    split:bool=True, # whether rows have two digits
+    n_best:int=1, # buckets that a vector is put into; a row has no fewer
+)->tuple: # (b) for each digit
+    "The bucket counts of the digits for the real tokens of each row"
+    counts = bucket_count(mask.sum(-1), bucket_size).clamp(min=n_best + n_best%2)
+    return split_counts(counts) if split else (counts,)
+
 # %% ../nbs/01_hashing.ipynb #hasher
-class BucketHasher(StepCounter):
-    "Hashes with rotations that follow from (seed, layer, step), and counts the steps"
+class BucketHasher(HashSource):
+    "Bucket ids of a layer's vectors; each row's depend on its real tokens only"
     def __init__(self,
         n_hashes:int=8, # hash rounds
         bucket_size:int=64, # tokens that a bucket holds on average, at the most
@@ -281,77 +355,37 @@ class BucketHasher(StepCounter):
         n_buckets:int|tuple|None=None, # a fixed number, or its factors; None derives it from each row's length
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
         rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'
-        random_rotations_per_head:bool=False, # each head has rotations of its own
-        rehash_each_round:bool=True, # False: the rounds are the best buckets of one hash
+        random_rotations_per_head:bool=False, # whether each head has rotations of its own
+        rehash_each_round:bool=True, # False: the rounds are a vector's `n_hashes` best buckets of one hash
         drop_for_hash_rate:float=0., # dropout of the vectors that are hashed, in training
     ):
-        super().__init__()
+        super().__init__(hash_seed, rotations, random_rotations_per_head, drop_for_hash_rate)
         check_int('n_hashes', n_hashes)
         check_int('bucket_size', bucket_size)
-        check_choice('rotations', rotations, ('fresh', 'fixed'))
-        check_rate('drop_for_hash_rate', drop_for_hash_rate)
         self.n_hashes,self.bucket_size,self.n_buckets = n_hashes,bucket_size,n_buckets
-        self.hash_seed,self.rotations,self.drop_for_hash_rate = hash_seed,rotations,drop_for_hash_rate
-        self.random_rotations_per_head,self.rehash_each_round = random_rotations_per_head,rehash_each_round
+        self.rehash_each_round,self.n_best = rehash_each_round,1 if rehash_each_round else n_hashes
         if n_buckets is not None: self.factors(bucket_size)
 
     def factors(self,
         n:int, # length, padding included
-    )->tuple: # even numbers; their product is the number of ids, and the id of padding
-        "The bucket counts of the hashes that a sequence of `n` tokens needs"
-        if self.n_buckets is not None: factors = bucket_factors(self.n_buckets)
-        else:
-            count = bucket_count(n, self.bucket_size)
-            split = self.rehash_each_round and self.hash_seed is not None
-            factors = tuple(f for f in balanced_factors(count) if f>1) if split else (count,)
-        if not self.rehash_each_round and (len(factors)>1 or self.n_hashes>factors[0]):
-            raise ValueError(f'rehash_each_round=False takes the n_hashes={self.n_hashes} best of one hash, '
-                             f'which has n_buckets={factors}; use fewer rounds or a single larger number of buckets')
-        return factors
+    )->tuple: # even numbers, the lowest digit first
+        "The bucket counts of the digits for `n` tokens"
+        split = self.rehash_each_round and self.hash_seed is not None
+        return hash_factors(n, self.bucket_size, self.n_buckets, split=split, n_best=self.n_best)
     def n_ids(self,
         n:int, # length, padding included
     )->int: # real tokens have smaller ids
         "The id of padding"
         return math.prod(self.factors(n))
-
-    def generator(self,
-        layer:int, # index of the layer
-        step:int, # training forwards so far
-        use:str='', # what the numbers are for
-    )->torch.Generator|None: # None if there is no seed
-        "The source of random numbers for one use"
-        return None if self.hash_seed is None else seeded_generator(self.hash_seed, layer=layer, step=step, use=use)
-    def next_step(self)->int: # 0 in evaluation, and where nothing changes from step to step
-        "Count a training forward"
-        changes = (self.rotations=='fresh' or self.drop_for_hash_rate>0) and self.hash_seed is not None
-        return self.count() if changes and self.training else 0
-
-    def row_factors(self,
-        mask:Tensor, # (b, n) bool, True where a real token stands
-    )->tuple: # one (b) or two
-        "The factors of each row, by its real tokens"
-        counts = bucket_count(mask.sum(-1), self.bucket_size)
-        if not self.rehash_each_round: counts = counts.clamp(min=self.n_hashes + self.n_hashes%2)
-        return balanced_factors(counts) if len(self.factors(mask.shape[1]))>1 else (counts,)
-
     def forward(self,
         vecs:Tensor, # (b, h, n, d)
         mask:Tensor|None=None, # (b, n) bool, True where a real token stands
         *,
         layer:int=0, # index of the layer that calls
     )->Tensor: # (b, h, r, n) bucket ids
-        "Bucket ids of `vecs`; each row's depend on its real tokens only"
-        b,h,n,d = vecs.shape
-        factors,step = self.factors(n),self.next_step()
-        widths,by_row = factors,self.n_buckets is None and mask is not None
-        if by_row and len(factors)>1: widths = (max(single_hash_limit, factors[0]), factors[1])
-        heads = (h if self.hash_seed is not None else b*h) if self.random_rotations_per_head else 1
-        drawn = dict(n_heads=heads, n_hashes=self.n_hashes if self.rehash_each_round else 1, device=vecs.device)
-        turn = step if self.rotations=='fresh' else 0
-        rotations = tuple(random_rotations(d, f, generator=self.generator(layer, turn, f' digit {k}' if k else ''), **drawn)
-                          for k,f in enumerate(widths))
-        vecs = vecs.detach()
-        if self.training and self.drop_for_hash_rate:
-            vecs = drop_entries(vecs, self.drop_for_hash_rate, self.generator(layer, step, ' drop'))
-        return assign_buckets(vecs, rotations, self.row_factors(mask) if by_row else factors, mask=mask,
-                              n_ids=self.n_ids(n), n_best=1 if self.rehash_each_round else self.n_hashes)
+        "Bucket ids of `vecs`; padding has the id after the last"
+        counts = factors = self.factors(vecs.shape[2])
+        rotations,vecs = draw_hash(self, vecs, factors, n_hashes=self.n_hashes//self.n_best, layer=layer)
+        if mask is not None and self.n_buckets is None:
+            counts = row_factors(mask, self.bucket_size, split=len(factors)>1, n_best=self.n_best)
+        return assign_buckets(vecs, rotations, counts, mask=mask, n_ids=math.prod(factors), n_best=self.n_best)

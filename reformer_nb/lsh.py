@@ -112,7 +112,7 @@ def count_equal(
     ordered = x.sort(-1).values
     return torch.searchsorted(ordered, x, right=True) - torch.searchsorted(ordered, x)
 
-# %% ../nbs/04_lsh.ipynb #count-repeats
+# %% ../nbs/04_lsh.ipynb #listed-keys
 def listed_keys(
     k_pos:Tensor, # (b, h, r, c, 2m) positions of the keys
     visible:Tensor, # (b, h, r, c, m, 2m) bool
@@ -122,6 +122,7 @@ def listed_keys(
     shown = torch.where(visible, k_pos[...,None,:], -1)
     return rearrange(restore_order(unchunk(shown), undo_sort), 'b h r n j -> b h n (r j)')
 
+# %% ../nbs/04_lsh.ipynb #count-repeats
 def count_repeats(
     k_pos:Tensor, # (b, h, r, c, 2m) positions of the keys
     visible:Tensor, # (b, h, r, c, m, 2m) bool

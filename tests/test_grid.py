@@ -4,9 +4,9 @@ from itertools import product
 import grids
 import pytest
 import torch
-from reformer_nb.attention import lsh_attention_oracle
+from reformer_nb.attention import FullQKAttention, lsh_attention_oracle
 from reformer_nb.hashing import BucketHasher
-from reformer_nb.lsh import lsh_attention, lsh_weights
+from reformer_nb.lsh import LSHAttention, lsh_attention, lsh_weights
 from reformer_nb.reformer import Reformer
 
 def masks(kind, b, n):
@@ -47,6 +47,37 @@ def test_lsh_attention_equals_the_oracle(n, m, r, causal, look_back, across, dup
     results[0] += (lsh_weights(qk, buckets, **options),)
     results[1] += (lsh_attention_oracle(qk, v, buckets, return_weights=True, **options)[1],)
     for a,b in zip(*results): torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=0, atol=1e-12)
+
+module_grid = list(product((False, True), (True, False), (False, True), (True, False), (32, 20), (False, True), (False, True)))
+
+@pytest.mark.parametrize('causal,across,per_head,rehash,query_len,matrix,rotary', grids.sample(module_grid, 40))
+def test_modules_equal_reformer_pytorch(causal, across, per_head, rehash, query_len, matrix, rotary, monkeypatch):
+    peer = pytest.importorskip('reformer_pytorch.reformer_pytorch')
+    generator,b,n,d = torch.Generator().manual_seed(0),6,32,8
+    x,y = torch.randn(2, b, n, d, dtype=torch.double, generator=generator)
+    allowed = torch.rand(b, query_len, query_len-2, generator=generator) > .3 if matrix else None
+    angles = torch.rand(query_len, d//2, dtype=torch.double, generator=generator)
+    table = torch.cat([angles.sin(), angles.cos()], dim=-1)[None]
+    options = dict(bucket_size=4, n_hashes=4, causal=causal, attend_across_buckets=across, random_rotations_per_head=per_head,
+                   rehash_each_round=rehash, return_attn=True)
+    draw = torch.randn
+    def draw_single(shape, dtype, device): return draw(shape, dtype=torch.float32).to(dtype)   # as ours does
+    torch.manual_seed(1)
+    monkeypatch.setattr(torch, 'randn', draw_single)
+    torch.set_default_dtype(torch.double)   # its matrix of weights needs it
+    try: want = peer.LSHAttention(**options).eval()(x, y, query_len, input_attn_mask=allowed, pos_emb=table if rotary else None)
+    finally: torch.set_default_dtype(torch.float)
+    monkeypatch.undo()
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    module = LSHAttention(**options, hash_seed=None, look_back='rounds', scale=d**-.5).eval()
+    got = module(x, y, query_len, input_attn_mask=allowed, pos_emb=angles if rotary else None)
+    assert torch.equal(got[2], want[2]) and torch.equal(torch.rand(3), after)   # the same buckets, and the same random numbers follow
+    for o,w in zip(got[:2], want[:2]): torch.testing.assert_close(o, w, rtol=0, atol=1e-10)   # a lone query's score there is -5e4
+    if matrix: allowed = (torch.rand(b, query_len, query_len, generator=generator) > .3) | torch.eye(query_len).bool()   # a blind query sees all there
+    want = peer.FullQKAttention(causal)(x, y, query_len, input_attn_mask=allowed)[:2]
+    got = FullQKAttention(causal, scale=d**-.5)(x, y, query_len, input_attn_mask=allowed)[:2]
+    for o,w in zip(got, want): torch.testing.assert_close(o, w, rtol=0, atol=1e-12)
 
 reversible_grid = list(product((False, True), (1, 2, 4), (1, 3), (0., .1), (False, True), (32, 37), ('none', 'end', 'holes'), (0, None), (0, 1)))
 
