@@ -5,6 +5,7 @@ import pytest
 import reformer_nb
 import torch
 from reformer_nb.attention import FullQKAttention
+from reformer_nb.compat import upstream_modules
 from reformer_nb.upstream import upstream_names
 from torch import nn
 
@@ -271,3 +272,82 @@ def test_half_precision_weights():
     assert {p.dtype for p in half.parameters()}=={torch.float16}
     x = torch.arange(64)[None]%50
     torch.testing.assert_close(half.float()(x), exact(x), rtol=0, atol=.1)
+
+# ---- under the peer's name -----------------------------------------------------------------------------------------
+
+def compat(name, module='reformer_pytorch'): return getattr(upstream_modules()[module], name)
+
+@pytest.mark.parametrize('name', ('plain', 'readme', 'everything', 'tied_embedding_factorised', 'local_heads_mem_kv', 'stack', 'stack_causal',
+                                  'attention_keys', 'attention_best_buckets', 'encoder_decoder'))
+def test_compat_has_the_peers_defaults_and_numerics(name):
+    "Its constructor calls, its `load_state_dict`, its random numbers"
+    import reformer_pytorch
+    cls,options,_ = cases[name]
+    torch.manual_seed(1)
+    theirs = draw(getattr(reformer_pytorch, cls)(**options)).double().eval()
+    ours = compat(cls)(**options).double().eval()
+    ours.load_state_dict(theirs.state_dict())
+    again = compat(cls)(**options).double().eval()
+    again.load_state_dict(ours.state_dict())
+    for model in (ours, again): torch.testing.assert_close(forward(model, name)[0], forward(theirs, name)[0], rtol=0, atol=1e-9)
+    inside = nn.Sequential(compat(cls)(**options).double())
+    inside.load_state_dict({f'0.{k}': o for k,o in theirs.state_dict().items()})
+    assert all(torch.equal(p, q) for p,q in zip(inside.parameters(), ours.parameters(), strict=True))
+
+def test_compat_positional_arguments():
+    import reformer_pytorch
+    for cls,args in (('LSHSelfAttention', (32, 4, 8, 2, True, 8, 2)), ('Reformer', (32, 1, 4, 8, 8, 2, 4)), ('ReformerLM', (50, 32, 1, 64, 4, 8, 8, 2, 4))):
+        theirs = getattr(reformer_pytorch, cls)(*args)
+        compat(cls)(*args).load_state_dict(theirs.state_dict())
+
+def test_compat_single_heads():
+    import reformer_pytorch.reformer_pytorch as up
+    x,pos = torch.randn(4, 64, 8, dtype=torch.double),up.FixedPositionalEmbedding(8).double()(torch.zeros(1, 50, 8, dtype=torch.double))
+    for cls,options in (('LSHAttention', dict(bucket_size=8, n_hashes=2, causal=True)), ('FullQKAttention', dict(causal=True))):
+        results = []
+        for f in (getattr(up, cls)(**options), compat(cls, 'reformer_pytorch.reformer_pytorch')(**options)):
+            torch.manual_seed(1)
+            with peer.exact(): results.append(f.eval()(x, x, query_len=50, pos_emb=pos if cls=='LSHAttention' else None, _reverse=False, _depth=0)[0])
+        torch.testing.assert_close(*results, rtol=0, atol=1e-9)
+
+def test_compat_layers():
+    import reformer_pytorch.reformer_pytorch as up
+    ours = upstream_modules()['reformer_pytorch.reformer_pytorch']
+    x = torch.randn(2, 12, 8)
+    for make in (lambda m: m.FeedForward(8, glu=True), lambda m: m.Chunk(3, m.FeedForward(8), along_dim=1), lambda m: m.PreNorm(m.ScaleNorm, 8, m.FeedForward(8)),
+                 lambda m: m.ReZero(m.FeedForward(8)), lambda m: m.AbsolutePositionalEmbedding(8, 20), lambda m: m.FixedPositionalEmbedding(8), lambda m: m.Always(3)):
+        theirs,mine = make(up),make(ours)
+        mine.load_state_dict(theirs.state_dict())
+        torch.testing.assert_close(torch.as_tensor(mine(x)), torch.as_tensor(theirs(x)))
+    assert ours.default(None, 3)==3 and ours.cast_tuple(3)==(3,) and ours.exists(0) and ours.max_neg_value(x)==up.max_neg_value(x)
+
+def test_compat_layer_in_a_signalled_stack():
+    "Blocks of its own layers, with `send_signal`, as its models are made"
+    import reformer_pytorch.reformer_pytorch as up
+    ours,x,results = upstream_modules()['reformer_pytorch.reformer_pytorch'],torch.randn(2, 32, 32, dtype=torch.double),[]
+    for m in (up, ours):
+        torch.manual_seed(0)
+        blocks = [[m.PreNorm(nn.LayerNorm, 16, m.LSHSelfAttention(16, 2, 8, 2)), m.PreNorm(nn.LayerNorm, 16, m.FeedForward(16))] for _ in range(2)]
+        model = m.ReversibleSequence(nn.ModuleList([nn.ModuleList(o) for o in blocks]), send_signal=True).double()
+        torch.manual_seed(1)
+        with peer.exact():
+            out = model(x.clone().requires_grad_())
+            out.sin().sum().backward()
+        results.append((out, *[p.grad for o in blocks for f in o for p in f.parameters()]))
+    for a,b in zip(*results, strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+def test_compat_wrappers():
+    "Checkpoints saved from TrainingWrapper, and losses"
+    from reformer_pytorch import Autopadder, ReformerLM
+    from reformer_pytorch.generative_tools import TrainingWrapper
+    theirs = TrainingWrapper(ReformerLM(**lm), ignore_index=0).double()
+    ours = compat('TrainingWrapper', 'reformer_pytorch.generative_tools')(compat('ReformerLM')(**lm), ignore_index=0).double()
+    ours.load_state_dict(theirs.state_dict())
+    x,losses = torch.randint(1, 50, (2, 65)),[]
+    for model in (theirs, ours):
+        torch.manual_seed(3)
+        with peer.exact(): losses.append(model(x, return_loss=True))
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-9)
+    padded = compat('Autopadder')(compat('ReformerLM')(**lm)).double()
+    padded.load_state_dict(Autopadder(theirs.net.net).state_dict())
+    assert torch.equal(padded.net.token_emb.weight, theirs.net.net.token_emb.weight)
