@@ -53,7 +53,7 @@ def check_sizes(
     for k in ('num_tokens', 'dim', 'max_seq_len', 'heads', 'bucket_size'): check_int(k, config[k])
     for k in ('emb_dim', 'dim_head'):
         if config[k] is not None: check_int(k, config[k])
-    check_choice('weight_tie_embedding', config['weight_tie_embedding'], (False, True, 'normalized'))
+    check_choice('weight_tie_embedding', config['weight_tie_embedding'], (False, True, 'plain'))
     if config['return_embeddings'] and config['weight_tie_embedding']:
         raise ValueError(f'weight_tie_embedding={config["weight_tie_embedding"]!r} ties the logits, return_embeddings=True leaves them out; choose one')
 
@@ -110,7 +110,7 @@ class TokenModel(nn.Module):
             if type(last) is nn.Linear: return last.weight,last.bias
             raise TypeError(f'to_logits is a {type(last).__name__}, whose table is not known; give next_token_loss the logits of model(tokens)')
         table = self.token_emb.weight
-        return (F.normalize(table, dim=-1) if self.config['weight_tie_embedding']=='normalized' else table),None
+        return (table if self.config['weight_tie_embedding']=='plain' else F.normalize(table, dim=-1)),None
 
     @accept_names(renamed=dict(context='keys'), removed=dict(pos_emb='the model makes its positions; leave it out'))
     def forward(self,
@@ -185,7 +185,7 @@ class ReformerLM(TokenModel, NextToken, Generative, Pretrained):
         one_value_head:bool=False, # all heads share their values
         emb_dim:int|None=None, # width of the token embeddings, projected to `dim`; None means `dim`
         return_embeddings:bool=False, # return vectors, not logits
-        weight_tie_embedding:bool|str=False, # True: logits are products with the token embeddings; 'normalized': with these at length 1
+        weight_tie_embedding:bool|str=False, # True: logits are products with the token embeddings at length 1; 'plain': as they are
         fixed_position_emb:bool=False, # sinusoidal positions
         absolute_position_emb:bool=False, # learned positions
         axial_position_emb:bool=False, # learned positions on a grid

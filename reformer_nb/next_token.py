@@ -10,9 +10,8 @@ __all__ = ['as_tokens', 'real_targets', 'next_token_loss', 'loss_in_blocks', 'pa
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from .core import Config, accept_names, as_mask, upcast
-from .feed_forward import JoinPieces
+from .cross_attention import compute_in_blocks
 
 # %% ../nbs/10b_next_token.ipynb #as-tokens
 def as_tokens(
@@ -64,12 +63,10 @@ def loss_in_blocks(
 )->Tensor: # () mean over the real targets, in nats
     "`next_token_loss` of the logits `F.linear(x, weight, bias)`, a block of positions at a time"
     targets = real_targets(targets, real).flatten()
-    def costs(x, targets, weight, bias): return F.cross_entropy(upcast(F.linear(x, weight, bias)), targets, reduction='none')
-    def costs_again(*args): return checkpoint(costs, *args, use_reentrant=False)
-    size,run = max(1, entries//len(weight)),costs_again if torch.is_grad_enabled() else costs
-    pieces = [run(o, t, weight, bias) for o,t in zip(x.flatten(0, 1).split(size), targets.split(size))]
-    sources = [o.detach() for o in (x, weight, bias) if o is not None]
-    return JoinPieces.apply(0, len(pieces), *pieces, *sources).sum() / (targets!=-100).sum()
+    def costs(x, targets, *table): return F.cross_entropy(upcast(F.linear(x, *table)), targets, reduction='none')
+    table = (weight,) if bias is None else (weight, bias)
+    res = compute_in_blocks(costs, (x.flatten(0, 1), targets), table, size=max(1, entries//len(weight)))
+    return res.sum() / (targets!=-100).sum()
 
 # %% ../nbs/10b_next_token.ipynb #padding-last
 def padding_last(

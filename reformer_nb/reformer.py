@@ -59,6 +59,7 @@ class TwoStreams(nn.Module):
         "Run both streams from the same input; what stands in padded places changes no real output"
         check_input(x, self.dim, self.max_seq_len)
         check_context(keys, context_mask, len(x), self.context_dim)
+        if not x.shape[1]: return x
         x,input_mask = hide_padding(x, input_mask)
         if keys is not None: keys,context_mask = hide_padding(keys, context_mask, 'context_mask')
         args = dict(input_mask=input_mask, keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask, pos_emb=pos_emb)

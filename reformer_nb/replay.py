@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'same_rng_state', 'replay_rng', 'replay_modes', 'autocast_settings', 'replay_autocast',
-           'watch_buffers', 'save_nothing', 'check_leaves', 'coarsest', 'sample', 'drift']
+           'watch_buffers', 'save_nothing', 'check_leaves', 'sample', 'coarsest', 'drift']
 
 # %% ../nbs/07b_replay.ipynb #imports
 from contextlib import ExitStack, contextmanager
@@ -117,14 +117,6 @@ def check_leaves(
         raise RuntimeError(f'{name} uses a tensor {tuple(node.variable.shape)} that requires a gradient and would get none; '
                            'make it a parameter or a keyword argument of F, or detach it')
 
-# %% ../nbs/07b_replay.ipynb #coarsest
-def coarsest(
-    dtype:torch.dtype, # of the inputs
-    settings:list, # as `autocast_settings` gave them
-)->float: # relative size of a rounding error
-    "The precision of the coarsest arithmetic in a call"
-    return max(torch.finfo(o).eps for o in (dtype, *(o['dtype'] for o in settings if o['enabled'])))
-
 # %% ../nbs/07b_replay.ipynb #sample
 def sample(
     x:Tensor, # of any shape
@@ -133,6 +125,14 @@ def sample(
     "Values from all over `x`, in float32 or better"
     flat = x.detach().flatten()
     return upcast(flat[::len(flat)//size|1][:size].clone())
+
+# %% ../nbs/07b_replay.ipynb #coarsest
+def coarsest(
+    dtype:torch.dtype, # of the inputs
+    settings:list, # as `autocast_settings` gave them
+)->float: # relative size of a rounding error
+    "The precision of the coarsest arithmetic in a call"
+    return max(torch.finfo(o).eps for o in (dtype, *(o['dtype'] for o in settings if o['enabled'])))
 
 # %% ../nbs/07b_replay.ipynb #drift
 def drift(

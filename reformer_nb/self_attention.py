@@ -7,7 +7,6 @@ __all__ = ['check_width', 'SharedQKHeads', 'join_sequence', 'join_masks', 'in_ba
            'LocalHeads', 'StatefulSelfAttention', 'LSHSelfAttention']
 
 # %% ../nbs/06_self_attention.ipynb #imports
-import math
 from functools import partial
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from .attention import rotate_queries
 from .core import Config, accept_names, as_mask, check_choice, check_int, check_rate
-from .hashing import BucketHasher, bucket_count, bucket_factors
+from .hashing import BucketHasher
 from .head_attention import attend_by_length, in_pieces, local_attention, weights_by_length
 from .lsh import offset_buckets
 from .sorting import look_backs
@@ -197,8 +196,8 @@ class LocalHeads(HashingHeads):
         attn,ids = qk.new_empty(b, h, query_len, 0),qk.new_empty(b, h, 0, dtype=torch.int64)
         if self.return_attn: attn = weights_by_length(qk, buckets, query_len=query_len, **masks, **self.options)
         if buckets is not None:
-            n_ids = math.prod(bucket_factors(self.hasher.n_buckets or bucket_count(n, self.hasher.bucket_size)))
-            ids = offset_buckets(buckets, n_ids + (masks['mask'] is not None)).flatten(2)   # padding has an id of its own
+            n_ids = self.hasher.n_ids(n) + (masks['mask'] is not None)   # padding has an id of its own
+            ids = offset_buckets(buckets, n_ids).flatten(2)
         self.callback(attn, ids)
 
 # %% ../nbs/06_self_attention.ipynb #stateful

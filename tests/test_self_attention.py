@@ -230,3 +230,29 @@ def test_callback_is_silent_in_a_backward_pass():
     layer.callback = lambda attn, ids: calls.append(1)
     checkpoint(layer, random(2, 9, e).requires_grad_(), use_reentrant=False).sum().backward()
     assert calls==[1]
+
+# reformer_pytorch 1.4.4, where it hides no padding: there its padding joins the buckets
+
+parity_grid = list(product((False, True), (0, 2), (0, 6), (False, True), (0, 1), (1, 3), (False, True), (False, True), (0, 100), (True, False)))
+
+@pytest.mark.parametrize('causal,num_mem_kv,c,pairs,local,attn_chunks,per_head,rehash,thres,across', grids.sample(parity_grid, 60))
+def test_layer_of_reformer_pytorch(causal, num_mem_kv, c, pairs, local, attn_chunks, per_head, rehash, thres, across, monkeypatch):
+    peer = pytest.importorskip('reformer_pytorch.reformer_pytorch')
+    if local: num_mem_kv,c,pairs = (2, 6, False) if num_mem_kv else (0, 0, False)   # its local heads need whole windows, and obey no pairs
+    n,draw = 24-num_mem_kv-c,torch.randn
+    shared = dict(n_hashes=2, causal=causal, attn_chunks=attn_chunks, num_mem_kv=num_mem_kv, n_local_attn_heads=local, full_attn_thres=thres,
+                  random_rotations_per_head=per_head, rehash_each_round=rehash, attend_across_buckets=across, one_value_head=causal)
+    theirs = peer.LSHSelfAttention(e, h, m, **shared).double().eval()
+    ours = LSHSelfAttention(e, h, m, **shared, hash_seed=None, scale=(e//h)**-.5, look_back='rounds', local_pos_emb=False, local_memory=False).double().eval()
+    ours.load_state_dict(theirs.state_dict() | {k: o for k,o in ours.state_dict().items() if k.startswith('hasher')})
+    inputs,masks = call(n, c, 'none', 'none', pairs, False)
+    monkeypatch.setattr(torch, 'randn', lambda *s, dtype=None, **kw: draw(*s, dtype=torch.float32, **kw).to(dtype or torch.float32))   # not in float64
+    results = []
+    for layer in (ours, theirs):
+        torch.manual_seed(3)
+        recorded = []
+        layer.callback = lambda attn, ids: recorded.append(ids)
+        out = layer(**inputs, **masks)
+        named = dict(layer.named_parameters())
+        results.append((*recorded, out, *torch.autograd.grad(out.sin().sum(), [*inputs.values(), *(named[k] for k in sorted(named))])))
+    for a,b in zip(*results): torch.testing.assert_close(a, b, rtol=0, atol=1e-10, check_dtype=a.is_floating_point())

@@ -1,0 +1,150 @@
+"Position-wise layers: pieces that are computed again, wrappers, and product keys beside the package that reformer_pytorch uses"
+import copy, pickle
+from itertools import product
+import pytest, torch
+from torch import nn
+from torch.func import functional_call
+from grids import sample
+from reformer_nb.feed_forward import Chunk, FeedForward, PreNorm, ProductKeyMemory, ReZero, ScaleNorm, best_pairs, in_pieces
+from reformer_nb.reversible import ReversibleSequence
+from reformer_nb.self_attention import LSHSelfAttention
+
+def same(a, b, atol=0.): torch.testing.assert_close(a, b, rtol=0., atol=atol)
+def seeded(seed=0): return torch.Generator().manual_seed(seed)
+def data(*shape, seed=0): return torch.randn(*shape, generator=seeded(seed), dtype=torch.float64)
+
+def gradients(run, x, weights, between=None):
+    "Output and gradients; the same random numbers each time"
+    torch.manual_seed(1)
+    out = run(x)
+    if between: between()
+    return out,*torch.autograd.grad((out*data(*out.shape, seed=2)).sum(), [x, *weights], allow_unused=True)
+
+class Pieces(nn.Module):
+    "Pieces without recomputation"
+    def __init__(self, chunks, fn): super().__init__(); self.chunks,self.fn = chunks,fn
+    def forward(self, x): return in_pieces(self.fn, x, self.chunks)
+
+def layer(glu=False, dropout=0.):
+    torch.manual_seed(0)
+    return FeedForward(6, 3, dropout, glu=glu).double()
+
+@pytest.mark.parametrize('chunks,glu,dropout,frozen', sample(product((2,3,13,20), (False,True), (0.,.4), (None,'w1','all')), 16))
+def test_chunk_gradients(chunks, glu, dropout, frozen):
+    fn,x = layer(glu, dropout),data(2, 13, 6).requires_grad_()
+    for name,p in fn.named_parameters(): p.requires_grad_(frozen is None or frozen=='w1' and not name.startswith('w1'))
+    weights = [p for p in fn.parameters() if p.requires_grad]
+    for a,b in zip(gradients(Chunk(chunks, fn), x, weights), gradients(Pieces(chunks, fn), x, weights)): same(a, b, 1e-13)
+
+def test_chunk_mode_changes_before_backward():
+    fn,x = layer(dropout=.4),data(2, 13, 6).requires_grad_()
+    found = [gradients(cls(3, fn.train()), x, [*fn.parameters()], fn.eval) for cls in (Chunk, Pieces)]
+    for a,b in zip(*found): same(a, b, 1e-13)
+    assert not fn.training
+
+def test_chunk_keeps_random_stream():
+    fn,x = layer(dropout=.4),data(2, 13, 6).requires_grad_()
+    states = []
+    for cls in (Chunk, Pieces):
+        gradients(cls(3, fn), x, [*fn.parameters()])
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+
+def test_chunk_two_forwards_one_backward():
+    fn,x = layer(dropout=.4),data(2, 13, 6).requires_grad_()
+    found = [gradients(lambda x: run(x) + run(2*x), x, [*fn.parameters()]) for run in (Chunk(3, fn), Pieces(3, fn))]
+    for a,b in zip(*found): same(a, b, 1e-13)
+
+def test_chunk_stale_weights():
+    fn,x = layer(),data(2, 13, 6).requires_grad_()
+    out = Chunk(3, fn)(x)
+    with torch.no_grad(): fn.w2.weight.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): out.sum().backward()
+
+def test_chunk_lent_weights():
+    fn,x = layer(),data(2, 13, 6).requires_grad_()
+    other = {k: (2*p).detach().requires_grad_() for k,p in fn.named_parameters()}
+    def call(module, prefix): return lambda x: functional_call(module, {prefix+k: p for k,p in other.items()}, (x,))
+    for a,b in zip(gradients(call(Chunk(3, fn), 'fn.'), x, other.values()), gradients(call(fn, ''), x, other.values())): same(a, b, 1e-12)
+
+def test_chunk_parameter_hooks_see_the_sum():
+    "A hook that is not linear would show it if it were called for each piece"
+    found = []
+    for cls in (Chunk, Pieces):
+        fn = layer()
+        fn.w1.weight.register_hook(lambda g: g**2)
+        cls(3, fn)(data(2, 13, 6)).square().sum().backward()
+        found.append([p.grad for p in fn.parameters()])
+    for a,b in zip(*found): same(a, b, 1e-9)
+
+def test_chunk_second_derivative():
+    assert torch.autograd.gradgradcheck(Chunk(3, FeedForward(3, 2).double()), data(1, 4, 3).requires_grad_())
+
+def test_chunk_without_gradients_is_called_plainly():
+    calls = []
+    fn = layer()
+    fn.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(): out = Chunk(3, fn)(data(2, 13, 6))
+    assert len(calls)==3 and out.grad_fn is None
+
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
+def test_chunk_autocast(dtype):
+    fn,x = layer().float(),data(2, 13, 6).float().requires_grad_()
+    def run(cls):
+        with torch.autocast('cpu', dtype=dtype): out = cls(3, fn)(x)
+        return out,*torch.autograd.grad(out.float().sum(), [x, *fn.parameters()])
+    for a,b in zip(run(Chunk), run(Pieces)): same(a/b.norm(), b/b.norm(), 1e-2)
+    assert run(Chunk)[0].dtype==dtype
+
+def test_chunk_compiles_and_exports():
+    chunk,x = Chunk(3, FeedForward(6)).eval(),data(2, 13, 6).float()
+    same(torch.export.export(chunk, (x,)).module()(x), chunk(x), 1e-6)
+    same(torch.compile(chunk, backend='aot_eager', fullgraph=True)(x), chunk(x), 1e-6)
+
+def test_wrappers_offer_state_if_their_module_does():
+    attention = LSHSelfAttention(6, heads=2, bucket_size=2, n_hashes=2)
+    for wrap in (lambda fn: PreNorm(6, fn), lambda fn: PreNorm(6, fn, ScaleNorm), ReZero):
+        for fn,has in ((attention, True), (ProductKeyMemory(6, 1, 4, 2, 3), True), (FeedForward(6), False), (Chunk(2, FeedForward(6)), False)):
+            for o in (wrap(fn), copy.deepcopy(wrap(fn)), pickle.loads(pickle.dumps(wrap(fn)))): assert hasattr(o, 'with_state')==has
+
+@pytest.mark.parametrize('tie', (False, True))
+def test_in_a_reversible_stack(tie):
+    "Equal to the plain stack, with attention, pieces, memories, both normalisations and ReZero"
+    def stack(reverse_thres):
+        torch.manual_seed(0)
+        def attention(): return LSHSelfAttention(12, heads=2, bucket_size=4, n_hashes=2, dropout=.1)
+        ff,memory,shared = Chunk(3, FeedForward(12, dropout=.3)),ProductKeyMemory(12, 2, 8, 4, 6),attention()
+        new = (lambda: shared) if tie else attention
+        pairs = [(PreNorm(12, new(), ScaleNorm), PreNorm(12, memory)), (PreNorm(12, new()), PreNorm(12, ff)), (ReZero(new()), ReZero(ff if tie else memory))]
+        res = ReversibleSequence(nn.ModuleList(nn.ModuleList(o) for o in pairs), reverse_thres=reverse_thres).double()
+        for p in res.parameters():
+            if p.numel()==1: p.data.fill_(.7)
+        return res
+    found = []
+    for thres in (0, 100):
+        model,x = stack(thres),data(2, 19, 24).requires_grad_()
+        found.append(gradients(model, x, [*model.parameters()], model.eval))
+    for a,b in zip(*found): same(a, b, 1e-11)
+
+def test_scale_norm_of_zeros_and_half():
+    norm = ScaleNorm(6)
+    x = torch.zeros(2, 6, requires_grad=True)
+    norm(x).sum().backward()
+    assert x.grad.isfinite().all() and norm(x.half()).dtype==torch.half
+    same(norm(1000*torch.ones(1, 6).half()).float(), torch.full((1, 6), 6**-.5), 1e-3)
+
+@pytest.mark.parametrize('k,topk', [(4,4), (9,5), (40,32), (128,32)])
+def test_best_pairs(k, topk):
+    s = data(2, 3, 7, k)
+    want = (s[0][...,None] + s[1][...,None,:]).flatten(-2).topk(topk).indices
+    assert torch.equal(best_pairs(s, topk), want)
+
+@pytest.mark.parametrize('options', [dict(), dict(heads=3, num_keys=16, topk=8, dim_head=10)])
+def test_memory_beside_its_package(options):
+    "The same outputs and gradients as the PKM of product_key_memory from the same weights"
+    PKM = pytest.importorskip('product_key_memory').PKM
+    torch.manual_seed(0)
+    theirs,ours,x = PKM(24, **options).double(),ProductKeyMemory(24, **options).double(),data(2, 13, 24).requires_grad_()
+    ours.load_state_dict(theirs.state_dict())
+    weights = dict(theirs.named_parameters())
+    for a,b in zip(gradients(ours, x, ours.parameters()), gradients(theirs, x, [weights[k] for k,_ in ours.named_parameters()])): same(a, b, 1e-12)
