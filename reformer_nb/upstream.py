@@ -126,7 +126,6 @@ def upstream_options(
         part = {k.removeprefix(start): o for k,o in options.items() if k.startswith(start)}
         numerics = upstream_numerics(ReformerLM if start else cls, dict(dict(dim=options.get('dim')), **part))
         res = {**{start+k: o for k,o in numerics.items()}, **res}
-        if part.get('weight_tie_embedding') is True: res[f'{start}weight_tie_embedding'] = 'normalized'
     return res
 
 # %% ../nbs/16b_upstream.ipynb #lost-positions
