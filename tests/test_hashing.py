@@ -44,7 +44,7 @@ def test_rows_on_both_sides_of_the_limit(lengths, per_head):
         assert torch.equal(alone, together)
 
 @few
-@given(st.integers(2, 4), st.lists(st.integers(40, 700), min_size=1, max_size=4), seeds)
+@given(st.integers(2, 4), st.lists(st.integers(40, 640), min_size=1, max_size=4), seeds)
 def test_best_buckets_of_a_row(n_hashes, lengths, seed):
     hasher = BucketHasher(n_hashes, 5, rehash_each_round=False).eval()
     vecs = randn(seed, len(lengths), 2, max(lengths), 6)
@@ -152,3 +152,16 @@ def test_counts_of_ids():
         assert hasher.n_ids(n)==math.prod(hasher.factors(n))>=bucket_count(n, 64)
     assert BucketHasher(hash_seed=None).factors(2**20)==(2**14,)
     assert BucketHasher(n_buckets=(4,8)).n_ids(5)==32
+
+def test_compiled_hashing_draws_outside_of_the_graph():
+    graphs,vecs = [],randn(0, 1, 2, 64, 8)
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    one,two = BucketHasher(2, 4),BucketHasher(2, 4)
+    compiled = torch.compile(one, backend=backend)
+    assert all(torch.equal(compiled(vecs), two(vecs)) for _ in range(12))
+    assert len(graphs)<=2 and not any('randn' in str(o.target) for g in graphs for o in g.graph.nodes)   # no new graph for each step
+    mask = lengths_mask((64,))
+    exported = torch.export.export(one.eval(), (vecs, mask)).module()
+    assert torch.equal(exported(vecs, mask), two.eval()(vecs, mask))
