@@ -228,11 +228,11 @@ def assign_buckets(
     "Bucket ids of `vecs`, with a bucket for padding, in memory for `block` rotated positions"
     check_int('block', block)
     digits = bucket_digits(rotations, n_buckets)
-    columns,f = digits[0]
-    if n_ids is None: n_ids = math.prod(2*o.shape[-1] for o,_ in digits)
-    def hashed(v):
-        if n_best==1: return hash_factorised(v, rotations, n_buckets)
-        return hash_vectors(v, columns, f if isinstance(f, Tensor) else None, n_best=n_best)
+    if n_ids is None: n_ids = math.prod(2*columns.shape[-1] for columns,_ in digits)
+    if n_best==1: hashed = lambda v: hash_factorised(v, rotations, n_buckets)
+    else:
+        ((columns,f),) = digits
+        hashed = lambda v: hash_vectors(v, columns, f if isinstance(f, Tensor) else None, n_best=n_best)
     ids = torch.cat([hashed(v).to(id_dtype(n_ids+1)) for v in vecs.split(block, dim=2)], dim=-1)
     if mask is None: return ids
     mask = as_mask(mask, (vecs.shape[0], vecs.shape[2]), 'mask')
@@ -278,31 +278,22 @@ def drop_entries(
 
 # %% ../nbs/01_hashing.ipynb #hash-source
 class HashSource(StepCounter):
-    "Draws what a hash needs: from (seed, layer, step), or from torch's global generator"
+    "Knows where the random numbers of a hash come from"
     def __init__(self,
-        hash_seed:int|None=0, # seed; None draws from the global generator
+        hash_seed:int|None=0, # numbers follow from it, the layer and the step; None takes torch's global ones
         rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'
-        per_head:bool=False, # whether each head has rotations of its own
-        drop_rate:float=0., # dropout of the vectors that are hashed, in training
+        random_rotations_per_head:bool=False, # whether each head has rotations of its own
+        drop_for_hash_rate:float=0., # dropout of the vectors that are hashed, in training
     ):
         super().__init__()
         check_choice('rotations', rotations, ('fresh', 'fixed'))
-        check_rate('drop_for_hash_rate', drop_rate)
+        check_rate('drop_for_hash_rate', drop_for_hash_rate)
         self.hash_seed,self.rotations = hash_seed,rotations
-        self.random_rotations_per_head,self.drop_for_hash_rate = per_head,drop_rate
-
+        self.random_rotations_per_head,self.drop_for_hash_rate = random_rotations_per_head,drop_for_hash_rate
     def next_step(self)->int: # 0 in evaluation, and where nothing changes from step to step
         "Count a training forward"
         changes = self.rotations=='fresh' or self.drop_for_hash_rate>0
         return self.count() if changes and self.training and self.hash_seed is not None else 0
-    def generator(self,
-        layer:int, # index of the layer
-        step:int, # training forwards so far
-        use:str='', # what the numbers are for
-    )->torch.Generator|None: # None stands for the global one
-        "The source of the numbers for one use"
-        if self.hash_seed is None: return None
-        return seeded_generator(self.hash_seed, layer=layer, step=step, use=use)
 
 # %% ../nbs/01_hashing.ipynb #draw-hash
 def draw_hash(
@@ -315,15 +306,15 @@ def draw_hash(
 )->tuple: # rotations (h, d, r, s) for each digit, h is 1 if heads share; and the vectors to hash
     "The random part of a hash"
     b,h,_,d = vecs.shape
-    step,seeded = source.next_step(),source.hash_seed is not None
+    step,seed = source.next_step(),source.hash_seed
+    turn = step if source.rotations=='fresh' else 0
+    heads = (b*h if seed is None else h) if source.random_rotations_per_head else 1
     if len(factors)>1: factors = (max(factors[0], single_hash_limit), *factors[1:])
-    heads = (h if seeded else b*h) if source.random_rotations_per_head else 1
-    def rotations(k, f):
-        numbers = source.generator(layer, step if source.rotations=='fresh' else 0, f' digit {k}' if k else '')
-        return random_rotations(d, f, n_hashes=n_hashes, n_heads=heads, generator=numbers, device=vecs.device)
-    drawn = tuple(rotations(k, f) for k,f in enumerate(factors))
-    drop = source.drop_for_hash_rate if source.training else 0
-    return drawn,drop_entries(vecs.detach(), drop, source.generator(layer, step, ' drop')) if drop else vecs
+    numbers = lambda step, use: None if seed is None else seeded_generator(seed, layer=layer, step=step, use=use)
+    drawn = tuple(random_rotations(d, f, n_hashes=n_hashes, n_heads=heads, device=vecs.device,
+                                   generator=numbers(turn, f' digit {k}' if k else '')) for k,f in enumerate(factors))
+    if not (source.training and source.drop_for_hash_rate): return drawn,vecs
+    return drawn,drop_entries(vecs.detach(), source.drop_for_hash_rate, numbers(step, ' drop'))
 
 # %% ../nbs/01_hashing.ipynb #hash-factors
 def hash_factors(
@@ -381,8 +372,11 @@ class BucketHasher(HashSource):
         "The bucket counts of the digits for `n` tokens"
         split = self.rehash_each_round and self.hash_seed is not None
         return hash_factors(n, self.bucket_size, self.n_buckets, split=split, n_best=self.n_best)
-    def n_ids(self, n:int)->int: return math.prod(self.factors(n))   # ids of real tokens; padding has the id `n_ids`
-
+    def n_ids(self,
+        n:int, # length, padding included
+    )->int: # real tokens have smaller ids
+        "The id of padding"
+        return math.prod(self.factors(n))
     def forward(self,
         vecs:Tensor, # (b, h, n, d)
         mask:Tensor|None=None, # (b, n) bool, True where a real token stands
