@@ -6,7 +6,8 @@
 __all__ = ['barrier', 'slot', 'key_table', 'query_table', 'Rules', 'Strip', 'windows', 'Block', 'bucket_runs', 'cells_seen',
            'cell_tables', 'number_places', 'log_repeats', 'penalties', 'random_bits', 'drop_limit', 'kept_by_key',
            'cut_blocks', 'score_buffers', 'attend_strip', 'merge_strip', 'strip_gradients', 'sum_rounds', 'make_strips',
-           'unit_keys', 'forward_strip', 'backward_strip', 'empty_heads', 'FusedLSH', 'fused_lsh_attention']
+           'unit_keys', 'forward_strip', 'backward_strip', 'empty_heads', 'hide_padding', 'OnceOnly', 'FusedLSH',
+           'fused_lsh_attention']
 
 # %% ../nbs/05_fused.ipynb #imports
 import math
@@ -15,8 +16,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from .attention import check_masks
+from .attention import check_masks, zero_padding
 from .core import check_choice, check_rate, pad_to_multiple, upcast
 from .lsh import check_lsh_inputs, real_tokens
 from .sorting import look_backs, sort_by_bucket
@@ -447,6 +447,23 @@ def empty_heads(
     b,h = x.shape[:2]
     return x.new_empty(b, n, h, d).transpose(1, 2)
 
+def hide_padding(
+    x:Tensor, # (b, h, k, d) of the first k positions
+    mask:Tensor|None, # (b, n) bool, True where a real token stands
+)->Tensor: # (b, h, k, d), zeros in padded places
+    "`zero_padding` of the first positions"
+    return zero_padding(x, None if mask is None else mask[:,:x.shape[2]])
+
+class OnceOnly(torch.autograd.Function):
+    "Gradients that refuse to be differentiated"
+    @staticmethod
+    def forward(dqk, dv, grad, qk, v): return dqk.view_as(dqk),dv.view_as(dv)
+    @staticmethod
+    def setup_context(ctx, inputs, output): pass
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("fused attention has no second derivatives; pass backend='reference' to lsh_attention, which has")
+
 class FusedLSH(torch.autograd.Function):
     "LSH attention that keeps inputs, order, output and log-sum-exp for its backward pass"
     @staticmethod
@@ -458,7 +475,7 @@ class FusedLSH(torch.autograd.Function):
             for i,j,strip,silent in make_strips(sorted_pos, buckets, real_tokens(qk, mask), key_mask, attn_mask, rules, lse.dtype):
                 found,lse_found = forward_strip(strip, qk[i,j], v[i,j], silent, generator)
                 out[i,j],lse[i,j,:rules.query_len] = found[:,:rules.query_len],lse_found[:,:rules.query_len]
-        return out if mask is None else out.masked_fill_(~rearrange(mask[:,:rules.query_len], 'b n -> b 1 n 1'), 0),lse
+        return hide_padding(out, mask),lse
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -468,18 +485,17 @@ class FusedLSH(torch.autograd.Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, _):
         if grad is None: return (None,)*9
         qk,v,sorted_pos,buckets,mask,key_mask,attn_mask,out,lse = ctx.saved_tensors
-        dqk,dv = empty_heads(qk, *qk.shape[2:]),empty_heads(v, *v.shape[2:])
-        if mask is not None: grad = grad.masked_fill(~rearrange(mask[:,:grad.shape[2]], 'b n -> b 1 n 1'), 0)
-        generator = torch.Generator(qk.device).manual_seed(ctx.seed) if ctx.rules.dropout else None
-        with torch.autocast(qk.device.type, enabled=False):
-            for i,j,strip,silent in make_strips(sorted_pos, buckets, real_tokens(qk, mask), key_mask, attn_mask, ctx.rules, lse.dtype):
-                dqk[i,j],dv[i,j] = backward_strip(strip, qk[i,j], v[i,j], silent, generator, grad[i,j].to(lse.dtype), out[i,j], lse[i,j])
-        if mask is not None:
-            for o in (dqk, dv): o.masked_fill_(~rearrange(mask, 'b n -> b 1 n 1'), 0)
+        with torch.no_grad():
+            dqk,dv,given = empty_heads(qk, *qk.shape[2:]),empty_heads(v, *v.shape[2:]),hide_padding(grad, mask)
+            generator = torch.Generator(qk.device).manual_seed(ctx.seed) if ctx.rules.dropout else None
+            with torch.autocast(qk.device.type, enabled=False):
+                for i,j,strip,silent in make_strips(sorted_pos, buckets, real_tokens(qk, mask), key_mask, attn_mask, ctx.rules, lse.dtype):
+                    dqk[i,j],dv[i,j] = backward_strip(strip, qk[i,j], v[i,j], silent, generator, upcast(given[i,j]), out[i,j], lse[i,j])
+            dqk,dv = (hide_padding(o, mask) for o in (dqk, dv))
+        if torch.is_grad_enabled(): dqk,dv = OnceOnly.apply(dqk, dv, grad, qk, v)   # create_graph=True
         return dqk,dv,*(None,)*7
 
 # %% ../nbs/05_fused.ipynb #fused-lsh-attention
