@@ -1,8 +1,11 @@
 __version__ = "0.0.1"
 from .feed_forward import Chunk as Chunk, FeedForward as FeedForward
+from .generation import TrainingWrapper as TrainingWrapper
 from .language_model import ReformerLM as ReformerLM
 from .lsh import LSHAttention as LSHAttention, lsh_attention as lsh_attention
-from .reformer import Reformer as Reformer
+from .attention import FullQKAttention as FullQKAttention
+from .recorder import Recorder as Recorder
+from .reformer import Autopadder as Autopadder, Reformer as Reformer
 from .reversible import ReversibleSequence as ReversibleSequence
 from .self_attention import LSHSelfAttention as LSHSelfAttention
 

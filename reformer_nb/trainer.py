@@ -17,7 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from .checkpoints import encode_config, fingerprint, read_weights, save_pretrained, write_atomic
 from .core import check_int
 from .data import Corpus, batch_at
-from .reversible import rng_state, set_rng_state
+from .replay import rng_state, set_rng_state
 from .training import LossOf, TrainSettings, bits_per_byte, learning_rate, make_optimizer
 from safetensors import SafetensorError
 from safetensors.torch import save_file
