@@ -220,9 +220,8 @@ class StatefulSelfAttention(LocalHeads):
         masks = join_masks(x, qk.shape[2]-n-(0 if keys is None else keys.shape[1]), keys, input_mask=input_mask, context_mask=context_mask,
                            input_attn_mask=input_attn_mask, context_only=self.context_only)
         if self.use_full_attn or qk.shape[2]<=self.options['full_attn_thres']: buckets = None
-        elif first or self.hasher.hash_seed is None:   # without a seed, a repeated call draws what the first one drew
-            ids = self.hash_heads(qk[:,k:], masks['mask'], layer)
-            buckets = ids if first else buckets
+        elif first: buckets = self.hash_heads(qk[:,k:], masks['mask'], layer)
+        elif self.hasher.hash_seed is None: self.hash_heads(qk[:,k:], masks['mask'], layer)   # draws what the first call drew
         turned = rotate_queries(qk, pos_emb, n)
         out = self.attend(turned[:,k:], v[:,k:], buckets, n, masks)
         if k: out = torch.cat([self.attend_nearby((turned if self.local_pos_emb else qk)[:,:k], v[:,:k], n, masks), out], dim=1)
