@@ -11,7 +11,7 @@ __all__ = ['single_hash_limit', 'bucket_factors', 'random_rotations', 'seeded_ge
 # %% ../nbs/01_hashing.ipynb #imports
 import hashlib, math
 import torch
-from einops import einsum, rearrange
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from .core import as_mask, check_choice, check_int, check_rate, upcast
@@ -258,9 +258,10 @@ class StepCounter(nn.Module):
         "Count a training forward; refuses when a backward pass repeats one"
         if torch._C._current_graph_task_id() != -1:   # inside a backward pass
             raise RuntimeError(
-                "a layer with fresh rotations was called again during a backward pass "
+                "a layer with fresh rotations or drop_for_hash_rate was called again during a backward pass "
                 "(torch.utils.checkpoint does that) and would hash differently than in the forward pass; "
-                "use rotations='fixed', or leave recomputing to ReversibleSequence")
+                "use rotations='fixed', or leave recomputing to ReversibleSequence "
+                "(with drop_for_hash_rate, only that helps)")
         self.step += 1
         return self.step
 
@@ -296,6 +297,7 @@ class HashSource(StepCounter):
         return self.count() if changes and self.training and self.hash_seed is not None else 0
 
 # %% ../nbs/01_hashing.ipynb #draw-hash
+@torch.compiler.disable
 def draw_hash(
     source:HashSource, # where the numbers come from
     vecs:Tensor, # (b, h, n, d)
@@ -323,11 +325,12 @@ def hash_factors(
     n_buckets:int|tuple|None=None, # a fixed number, or its factors
     *,
     split:bool=True, # whether many buckets become two digits
-    n_best:int=1, # buckets of one hash that a vector is put into
+    n_best:int=1, # buckets of one hash that a vector is put into; more than 1 are never split
 )->tuple: # even numbers, the lowest digit first
     "The bucket counts of the digits for `n` tokens"
     count = bucket_count(n, bucket_size)
-    factors = bucket_factors(n_buckets) if n_buckets is not None else split_count(count) if split else (count,)
+    factors = split_count(count) if split and n_best==1 else (count,)
+    if n_buckets is not None: factors = bucket_factors(n_buckets)
     if n_best>1 and (len(factors)>1 or n_best>factors[0]):
         raise ValueError(f'rehash_each_round=False with n_hashes={n_best} takes that many buckets of one hash, but '
                          f'n_buckets={factors}; use fewer rounds, or a larger number of buckets (not a product)')
@@ -360,18 +363,15 @@ class BucketHasher(HashSource):
         drop_for_hash_rate:float=0., # dropout of the vectors that are hashed, in training
     ):
         super().__init__(hash_seed, rotations, random_rotations_per_head, drop_for_hash_rate)
-        check_int('n_hashes', n_hashes)
-        check_int('bucket_size', bucket_size)
+        for k,o in (('n_hashes',n_hashes), ('bucket_size',bucket_size)): check_int(k, o)
         self.n_hashes,self.bucket_size,self.n_buckets = n_hashes,bucket_size,n_buckets
         self.rehash_each_round,self.n_best = rehash_each_round,1 if rehash_each_round else n_hashes
         if n_buckets is not None: self.factors(bucket_size)
-
     def factors(self,
         n:int, # length, padding included
     )->tuple: # even numbers, the lowest digit first
         "The bucket counts of the digits for `n` tokens"
-        split = self.rehash_each_round and self.hash_seed is not None
-        return hash_factors(n, self.bucket_size, self.n_buckets, split=split, n_best=self.n_best)
+        return hash_factors(n, self.bucket_size, self.n_buckets, split=self.hash_seed is not None, n_best=self.n_best)
     def n_ids(self,
         n:int, # length, padding included
     )->int: # real tokens have smaller ids
