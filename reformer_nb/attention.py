@@ -93,8 +93,11 @@ def weighted_values(
 )->Tensor|tuple: # (b, h, query_len, d), zeros at masked positions; or that and the weights
     "Weights times values, with nothing of what is padding or may not be seen"
     if key_mask is not None: weights = weights.masked_fill(~rearrange(key_mask, 'b j -> b 1 1 j'), 0)
-    v = zero_padding(zero_padding(v, mask), key_mask)
-    out = einsum(F.dropout(weights, dropout).to(v.dtype), v, 'b h i j, b h j d -> b h i d')
+    v,used = zero_padding(zero_padding(v, mask), key_mask),weights
+    if dropout:
+        own = torch.eye(*weights.shape[-2:], dtype=torch.bool, device=weights.device)
+        used = torch.where(own, weights, F.dropout(weights, dropout))   # what a lonely query keeps is not dropped
+    out = einsum(used.to(v.dtype), v, 'b h i j, b h j d -> b h i d')
     if mask is not None: out = zero_padding(out, mask[:,:out.shape[2]])
     return (out,weights) if return_weights else out
 
@@ -115,7 +118,8 @@ def full_attention(
     "Attention of every query to all other keys; a query with no key to see keeps its own value, if that may be seen"
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
     qk = zero_padding(qk, mask)
-    see = visible_pairs(qk.shape[2], causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, device=qk.device)
+    see = visible_pairs(qk.shape[2], causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask,
+                        device=qk.device)
     return weighted_values(multiset_weights(qk, see, scale=scale), v, mask, key_mask, dropout, return_weights)
 
 # %% ../nbs/03_attention.ipynb #check-angles
@@ -125,9 +129,11 @@ def check_angles(
 )->None:
     "Refuse angles that do not fit `x`, and would broadcast"
     (b,_,n,d),got = x.shape,tuple(angles.shape)
-    if d%2: raise ValueError(f'width {d} of a head is odd, rotary positions turn pairs; choose an even dim_head, or leave pos_emb out')
+    if d%2:
+        raise ValueError(f'width {d} of a head is odd, rotary positions turn pairs; choose an even dim_head, or leave pos_emb out')
     if got not in ((n,d//2),(b,n,d//2)):
-        raise ValueError(f'angles (pos_emb) of shape {got} must be {(n,d//2)} or {(b,n,d//2)}; make them for dim_head={d} and all {n} positions')
+        raise ValueError(f'angles (pos_emb) of shape {got} must be {(n,d//2)} or {(b,n,d//2)}; '
+                         f'make them for dim_head={d} and all {n} positions')
 
 # %% ../nbs/03_attention.ipynb #rotate-pairs
 def rotate_pairs(
@@ -162,7 +168,8 @@ def extend_mask(
     if mask is None: return None
     got = tuple(mask.shape)
     if len(got)!=len(shape) or got[0]!=shape[0] or any(o>s for o,s in zip(got, shape)):
-        raise ValueError(f'{name} has shape {got}, but must be {tuple(shape)} or shorter behind its first dimension; cut it, or expand it to every row')
+        raise ValueError(f'{name} has shape {got}, but must be {tuple(shape)} or shorter behind its first dimension; '
+                         'cut it, or expand it to every row')
     return F.pad(as_mask(mask, got, name), [p for o,s in zip(got[:0:-1], shape[:0:-1]) for p in (0,s-o)], value=True)
 
 # %% ../nbs/03_attention.ipynb #single-head-masks
@@ -173,7 +180,9 @@ def single_head_masks(
     input_attn_mask:Tensor|None=None, # (b, up to n, up to n) True or 1 where query i may see key j
 )->tuple: # query_len, mask (b, n) and attn_mask (b, query_len, n) in full length, or None
     "Masks of the single-head modules, which may end before the sequence does"
-    if qk.ndim!=3: raise ValueError(f'qk has shape {tuple(qk.shape)}, but single heads need (b, n, d); join batch and heads by qk.flatten(0, 1)')
+    if qk.ndim!=3:
+        raise ValueError(f'qk has shape {tuple(qk.shape)}, but single heads need (b, n, d); '
+                         'join batch and heads by qk.flatten(0, 1)')
     b,n,_ = qk.shape
     query_len = check_masks(qk[:,None], query_len)[0]
     pairs = extend_mask(input_attn_mask, (b,n,n), 'input_attn_mask')
@@ -269,11 +278,13 @@ def lsh_attention_oracle(
     check_int('bucket_size', bucket_size)
     check_choice('look_back', look_back, look_backs)
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
-    if mask is not None: buckets = buckets.masked_fill(~rearrange(mask, 'b n -> b 1 1 n'), torch.iinfo(buckets.dtype).max)
+    if mask is not None:
+        buckets = buckets.masked_fill(~rearrange(mask, 'b n -> b 1 1 n'), torch.iinfo(buckets.dtype).max)
     qk = zero_padding(qk, mask)
     shown = round_counts(buckets, bucket_size=bucket_size, look_back=look_back,
                          attend_across_buckets=attend_across_buckets, mask=mask)
-    see = visible_pairs(qk.shape[2], causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, device=qk.device)
+    see = visible_pairs(qk.shape[2], causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask,
+                        device=qk.device)
     counts = reduce(shown, 'b h r i j -> b h i j', 'sum')[:,:,:query_len] * see
     if not allow_duplicate_attention: counts = counts.clamp(max=1)
     return weighted_values(multiset_weights(qk, counts, scale=scale), v, mask, key_mask, dropout, return_weights)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['last_chunk', 'offset_buckets', 'real_ids', 'take_pairs', 'visible_keys', 'attend_chunks', 'merge_rounds',
            'count_equal', 'listed_keys', 'count_repeats', 'check_lsh_inputs', 'real_tokens', 'pad_inputs',
-           'who_sees_whom', 'lsh_attention', 'lsh_weights', 'LSHAttention']
+           'who_sees_whom', 'lsh_attention', 'lsh_weights', 'hash_rows', 'HashedAttention', 'LSHAttention']
 
 # %% ../nbs/04_lsh.ipynb #imports
 import torch
@@ -188,10 +188,10 @@ def who_sees_whom(
     attn_mask:Tensor|None=None, # (b, query_len, n) bool, True where query i may see key j
 )->tuple: # positions of the keys (b, h, r, c, 2m), and which are visible (b, h, r, c, m, 2m)
     "The keys that each round puts before each query, and those of them that count"
-    def place(o): return chunk(real_ids(buckets, o).gather(-1, sorted_pos), m)
     q_pos,last = chunk(sorted_pos, m),last_chunk(real, m)
-    k_pos,k_id = (add_look_back(o, last, look_back) for o in (q_pos, place(keys)))
-    return k_pos,visible_keys(q_pos, k_pos, place(real), k_id, causal=causal, query_len=query_len,
+    q_id,own_id = (chunk(real_ids(buckets, o).gather(-1, sorted_pos), m) for o in (real, keys))
+    k_pos,k_id = (add_look_back(o, last, look_back) for o in (q_pos, own_id))
+    return k_pos,visible_keys(q_pos, k_pos, q_id, k_id, causal=causal, query_len=query_len,
                               attend_across_buckets=attend_across_buckets, attn_mask=attn_mask)
 
 # %% ../nbs/04_lsh.ipynb #lsh-attention
@@ -263,8 +263,45 @@ def lsh_weights(
     weights = multiset_weights(padded[:,:,:n], counts, scale=scale)
     return weights if key_mask is None else weights.masked_fill(~rearrange(key_mask, 'b j -> b 1 1 j'), 0)
 
+# %% ../nbs/04_lsh.ipynb #hash-rows
+def hash_rows(
+    hasher:BucketHasher, # what hashes
+    qk:Tensor, # (b, n, d), each row a head
+    mask:Tensor|None=None, # (b, n) bool, True where a real token stands
+)->Tensor: # (b, 1, r, n) bucket ids
+    "Bucket ids of single heads; if they have rotations of their own, row i has those of layer i"
+    if not hasher.random_rotations_per_head or hasher.hash_seed is None: return hasher(qk[:,None], mask)
+    step,rows = hasher.step,[]
+    for i,x in enumerate(qk.split(1)):
+        hasher.step = step   # all rows belong to one training step
+        rows.append(hasher(x[:,None], None if mask is None else mask[i:i+1], layer=i))
+    return torch.cat(rows)
+
+# %% ../nbs/04_lsh.ipynb #hashed-attention
+class HashedAttention(nn.Module):
+    "The calls of `LSHAttention`, which sets `hasher`, `dropout`, `return_attn` and `options`"
+    @accept_names()
+    def forward(self,
+        qk:Tensor, # (b, n, d) shared queries and keys, of any length
+        v:Tensor, # (b, n, d)
+        query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
+        input_mask:Tensor|None=None, # (b, up to n) True or 1 where a real token stands; True behind its end
+        input_attn_mask:Tensor|None=None, # (b, up to n, up to n) True or 1 where query i may see key j; True behind its ends
+        pos_emb:Tensor|None=None, # (query_len, d/2) or (b, query_len, d/2) angles of rotary positions, for attention after hashing
+    )->tuple: # output (b, query_len, d), weights (b, query_len, n) or empty, buckets (b, n_hashes*n) int64, unique across rounds
+        "Attend, and say where each token was hashed to"
+        query_len,mask,pairs = single_head_masks(qk, query_len, input_mask, input_attn_mask)
+        buckets = hash_rows(self.hasher, qk, mask)
+        qk,v = rotate_queries(qk[:,None], pos_emb, query_len),v[:,None]
+        options = dict(self.options, mask=mask, query_len=query_len, attn_mask=pairs)
+        out = lsh_attention(qk, v, buckets, dropout=self.dropout if self.training else 0., **options)
+        attn = qk.new_empty(0)
+        if self.return_attn: attn = lsh_weights(qk, buckets, **options)[:,0]
+        ids = offset_buckets(buckets, self.hasher.n_ids(qk.shape[2]) + (mask is not None))   # padding has an id of its own
+        return out[:,0],attn,ids[:,0].flatten(1)
+
 # %% ../nbs/04_lsh.ipynb #lsh-module
-class LSHAttention(nn.Module):
+class LSHAttention(HashedAttention):
     "LSH attention of single heads: hashes, then attends"
     @accept_names()
     def __init__(self,
@@ -296,36 +333,3 @@ class LSHAttention(nn.Module):
         self.dropout,self.return_attn = dropout,return_attn
         self.options = dict(bucket_size=bucket_size, causal=causal, scale=scale, look_back=look_back,
                             attend_across_buckets=attend_across_buckets, allow_duplicate_attention=allow_duplicate_attention)
-
-    def hash_rows(self,
-        qk:Tensor, # (b, n, d)
-        mask:Tensor|None=None, # (b, n) bool, True where a real token stands
-    )->Tensor: # (b, 1, r, n) bucket ids
-        "Bucket ids; if each head has rotations of its own, a row has those of the layer of its number"
-        hasher,rows = self.hasher,[]
-        if not hasher.random_rotations_per_head or hasher.hash_seed is None: return hasher(qk[:,None], mask)
-        step = hasher.step
-        for i,x in enumerate(qk.split(1)):
-            hasher.step = step   # all rows belong to one training step
-            rows.append(hasher(x[:,None], None if mask is None else mask[i:i+1], layer=i))
-        return torch.cat(rows)
-
-    @accept_names()
-    def forward(self,
-        qk:Tensor, # (b, n, d) shared queries and keys, of any length
-        v:Tensor, # (b, n, d)
-        query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
-        input_mask:Tensor|None=None, # (b, up to n) True or 1 where a real token stands; True behind its end
-        input_attn_mask:Tensor|None=None, # (b, up to n, up to n) True or 1 where query i may see key j; True behind its ends
-        pos_emb:Tensor|None=None, # (query_len, d/2) or (b, query_len, d/2) angles of rotary positions, for attention after hashing
-    )->tuple: # output (b, query_len, d), weights (b, query_len, n) or empty, buckets (b, n_hashes*n) int64, unique across rounds
-        "Attend, and say where each token was hashed to"
-        query_len,mask,pairs = single_head_masks(qk, query_len, input_mask, input_attn_mask)
-        buckets = self.hash_rows(qk, mask)
-        qk,v = rotate_queries(qk[:,None], pos_emb, query_len),v[:,None]
-        options = dict(self.options, mask=mask, query_len=query_len, attn_mask=pairs)
-        out = lsh_attention(qk, v, buckets, dropout=self.dropout if self.training else 0., **options)
-        attn = qk.new_empty(0)
-        if self.return_attn: attn = lsh_weights(qk, buckets, **options)[:,0]
-        ids = offset_buckets(buckets, self.hasher.n_ids(qk.shape[2]) + (mask is not None))   # padding has an id of its own
-        return out[:,0],attn,ids[:,0].flatten(1)
