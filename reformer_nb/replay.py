@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'same_rng_state', 'replay_rng', 'replay_modes', 'autocast_settings', 'replay_autocast',
-           'watch_buffers', 'save_nothing', 'check_leaves', 'sample', 'coarsest', 'drift']
+           'watch_buffers', 'save_nothing', 'check_leaves', 'needs_grad', 'check_arguments', 'check_output',
+           'check_state', 'sample', 'coarsest', 'drift']
 
 # %% ../nbs/07b_replay.ipynb #imports
 from contextlib import ExitStack, contextmanager
@@ -116,6 +117,52 @@ def check_leaves(
         if node.name()!='torch::autograd::AccumulateGrad' or id(node.variable) in known: continue
         raise RuntimeError(f'{name} uses a tensor {tuple(node.variable.shape)} that requires a gradient and would get none; '
                            'make it a parameter or a keyword argument of F, or detach it')
+
+# %% ../nbs/07b_replay.ipynb #needs-grad
+def needs_grad(
+    value:object, # a keyword argument
+)->bool: # whether a gradient would be lost if autograd did not know of it
+    "Whether a tensor in `value` requires gradients"
+    if isinstance(value, Tensor): return value.requires_grad
+    if isinstance(value, nn.Module): value = value.parameters()
+    elif isinstance(value, dict): value = value.values()
+    elif not isinstance(value, (tuple,list)): return False
+    return any(needs_grad(o) for o in value)
+
+# %% ../nbs/07b_replay.ipynb #check-arguments
+def check_arguments(
+    args:dict, # keyword arguments of a layer
+)->None:
+    "Refuse containers of tensors that want a gradient"
+    for k,v in args.items():
+        if isinstance(v, Tensor) or not (torch.is_grad_enabled() and needs_grad(v)): continue
+        raise TypeError(f'{k} is a {type(v).__name__} that holds tensors which require gradients, and they would get none; '
+                        'pass each as a keyword argument of its own, or detach them')
+
+# %% ../nbs/07b_replay.ipynb #check-output
+def check_output(
+    out:Tensor, # what F or G returned
+    x:Tensor, # (b, n, e) the stream that it was given
+    name:str, # who returned it
+)->None:
+    "Refuse what cannot be added to a stream"
+    if not isinstance(out, Tensor):
+        raise TypeError(f'{name} returned {type(out).__name__}, not a tensor; return the output alone, and a state by with_state')
+    if out.shape!=x.shape:
+        raise ValueError(f'{name} returned the shape {tuple(out.shape)} for {tuple(x.shape)}; keep it, since both streams have it')
+    if torch.promote_types(out.dtype, x.dtype)!=x.dtype:
+        raise TypeError(f'{name} returned {out.dtype}, more than the stream of {x.dtype} can hold; cast it to the dtype of the input')
+
+# %% ../nbs/07b_replay.ipynb #check-state
+def check_state(
+    state:Tensor|None, # what `with_state` returned
+    name:str, # whose it is
+)->None:
+    "Refuse a state that could carry a gradient"
+    if state is None or isinstance(state, Tensor) and not (state.is_floating_point() or state.is_complex()): return
+    got = state.dtype if isinstance(state, Tensor) else type(state).__name__
+    raise TypeError(f'the state of {name} is {got}, but must be None or one tensor of integers or bools; '
+                    'stack several, and leave out what has a gradient')
 
 # %% ../nbs/07b_replay.ipynb #sample
 def sample(
