@@ -55,15 +55,18 @@ def sinusoid_frequencies(
     "Frequencies of the sinusoids, falling geometrically from 1"
     check_int('dim', dim)
     if dim%2: raise ValueError(f'dim={dim} must be even, since each frequency gives a sine and a cosine; use {dim+1}')
-    return base ** (-torch.arange(0, dim, 2, device=device, dtype=torch.float32)/dim)
+    return 1 / base**(torch.arange(0, dim, 2, device=device, dtype=torch.float32)/dim)
 
 # %% ../nbs/09_positions.ipynb #angles
 def position_angles(
     positions:Tensor, # (...) int64
     dim:int, # width of the vectors, an even number
-)->Tensor: # (..., dim/2) float32 radians
-    "How far each wave has turned at each position, in float32 whatever the dtype of the model"
-    return positions[...,None].float() * sinusoid_frequencies(dim, device=positions.device)
+    dtype:torch.dtype=torch.float32, # of the arithmetic; torch.float64 for a model of that precision
+)->Tensor: # (..., dim/2) radians
+    "How far each wave has turned at each position"
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f'dtype={dtype} must be torch.float32 or torch.float64, since others cannot count far; convert what comes out')
+    return positions[...,None].to(dtype) * sinusoid_frequencies(dim, device=positions.device).to(dtype)
 
 # %% ../nbs/09_positions.ipynb #fixed
 class FixedPositionalEmbedding(nn.Module):
@@ -77,9 +80,10 @@ class FixedPositionalEmbedding(nn.Module):
 
     def forward(self,
         positions:Tensor, # (...) int64
-    )->Tensor: # (..., e) float32, sines first
+        dtype:torch.dtype=torch.float32, # of the arithmetic, and of the result
+    )->Tensor: # (..., e) sines first
         "The waves at each position"
-        angles = position_angles(positions, self.dim)
+        angles = position_angles(positions, self.dim, dtype)
         return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 # %% ../nbs/09_positions.ipynb #axial-widths
@@ -140,6 +144,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self,
         positions:Tensor, # (...) int64
-    )->Tensor: # (..., d/2) float32 radians
+        dtype:torch.dtype=torch.float32, # of the angles; torch.float64 for a model of that precision
+    )->Tensor: # (..., d/2) radians
         "One angle for each pair of entries"
-        return position_angles(positions, self.dim_head)
+        return position_angles(positions, self.dim_head, dtype)
