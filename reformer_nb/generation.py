@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['keep_top_k', 'keep_top_p', 'check_sampling', 'sample', 'padding_first', 'as_prompt', 'last_logits', 'continue_rows',
-           'given', 'generate', 'top_k', 'top_p', 'pad_texts', 'next_tokens', 'TrainingWrapper']
+           'given', 'generate', 'top_k', 'top_p', 'pad_texts', 'TrainingWrapper']
 
 # %% ../nbs/12_generation.ipynb #imports
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from .core import as_mask, check_int, check_rate, upcast
 from .feed_forward import replay_modes
-from .language_model import as_tokens, check_predicts, next_token_loss
+from .next_token import as_tokens, check_predicts, loss_in_blocks, shift
 
 # %% ../nbs/12_generation.ipynb #keep-top-k
 def keep_top_k(
@@ -190,17 +190,6 @@ def pad_texts(
     lengths = torch.tensor([len(o) for o in texts], device=tokens.device)
     return tokens,torch.arange(tokens.shape[1], device=tokens.device) < lengths[:,None]
 
-# %% ../nbs/12_generation.ipynb #next-tokens
-def next_tokens(
-    tokens:Tensor, # (b, n)
-    real:Tensor, # (b, n) bool, True where a real token stands
-)->tuple: # both (b, n-1): the real token that follows each, and a mask, True where a real token is followed by one
-    "What each position should predict, across padding"
-    n = tokens.shape[1]
-    places = torch.arange(n, device=tokens.device).where(real, n)   # n: no token
-    following = places.flip(-1).cummin(-1).values.flip(-1)[:,1:]
-    return tokens.gather(1, following.clamp(max=n-1)),real[:,:-1] & (following<n)
-
 # %% ../nbs/12_generation.ipynb #training-wrapper
 class TrainingWrapper(nn.Module):
     "Loss and generation with the names and shapes of reformer_pytorch"
@@ -237,12 +226,12 @@ class TrainingWrapper(nn.Module):
     )->Tensor: # logits (b, n, v), or with `return_loss` a scalar: the mean over the predicted tokens, in nats
         "Logits, or their loss, which counts neither padding nor `ignore_index`"
         tokens,real = self.as_batch(x, input_mask)
-        context = given(dict(input_attn_mask=input_attn_mask, keys=keys, context_mask=context_mask))
-        if not return_loss: return self.net(tokens, input_mask=real, **context)
-        if input_attn_mask is not None: context['input_attn_mask'] = input_attn_mask[:,:-1,:-1]
-        targets,followed = next_tokens(tokens, torch.ones_like(tokens, dtype=torch.bool) if real is None else real)
-        logits = self.net(tokens[:,:-1], input_mask=None if real is None else followed, **context)
-        return next_token_loss(logits, targets, followed & (targets!=self.ignore_index))
+        context = given(dict(keys=keys, context_mask=context_mask))
+        if not return_loss: return self.net(tokens, input_mask=real, **context, **given(dict(input_attn_mask=input_attn_mask)))
+        seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
+        counted = targets!=self.ignore_index if real is None else real & (targets!=self.ignore_index)
+        x = self.net.embed(seen, real, **context, **given(dict(input_attn_mask=allowed)))
+        return loss_in_blocks(x, *self.net.head(), targets, counted)
 
     def generate(self,
         start_tokens:Tensor|list, # (n) or (b, n) integers, or a list of tensors (n)

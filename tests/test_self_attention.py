@@ -47,7 +47,7 @@ def layer_by_hand(layer, x, buckets, keys=None, input_mask=None, input_attn_mask
     mask = torch.cat([true[:,:n] if input_mask is None else input_mask, true[:,n:total-c],
                       true[:,total-c:] if context_mask is None else context_mask], 1)
     pairs = torch.ones(b, n, total, dtype=torch.bool)
-    if input_attn_mask is not None: pairs[:,:,:n] = input_attn_mask
+    if input_attn_mask is not None: pairs[:,:,:input_attn_mask.shape[-1]] = input_attn_mask
     cut = lambda y: y.unflatten(-1, (-1, layer.dim_head)).transpose(1, 2)
     plain,v = cut(everything @ layer.toqk.weight.T),cut(everything @ layer.tov.weight.T)
     if v.shape[1]==1: v = v.repeat(1, h, 1, 1)
@@ -73,19 +73,19 @@ def layer_by_hand(layer, x, buckets, keys=None, input_mask=None, input_attn_mask
     out = torch.cat([local, hashed], 1) * mask[:,None,:n,None]
     return out.transpose(1, 2).flatten(2) @ layer.to_out.weight.T + layer.to_out.bias
 
-def call(n, c, mask, context_mask, pairs, turn):
+def call(n, c, mask, context_mask, pairs, turn, n_memory=0):
     "Inputs of a call: tensors that get gradients, and masks"
     inputs = dict(x=random(2, n, e).requires_grad_())
     if c: inputs['keys'] = random(2, c, e, seed=1).requires_grad_()
     if turn: inputs['pos_emb'] = random(n, e//h//2, seed=2).requires_grad_()
     masks = dict(input_mask=make_mask(mask, n))
     if c: masks['context_mask'] = make_mask(context_mask, c, seed=3)
-    if pairs: masks['input_attn_mask'] = coins(2, n, n, seed=4)
+    if pairs: masks['input_attn_mask'] = coins(2, n, n+n_memory+c if pairs=='all' else n, seed=4)
     return inputs,masks
 
 grid = dict(
     n=(1, 2, 3, 5, 8, 13, 17, 24, 31), c=(0, 1, 6, 11), causal=(False, True), num_mem_kv=(0, 1, 3), mask=('none', 'end', 'holes'),
-    context_mask=('none', 'end', 'holes'), pairs=(False, True), turn=(False, True), n_local_attn_heads=(0, 1, 2), local=('both', 'positions', 'memory', 'neither'),
+    context_mask=('none', 'end', 'holes'), pairs=(False, True, 'all'), turn=(False, True), n_local_attn_heads=(0, 1, 2), local=('both', 'positions', 'memory', 'neither'),
     one_value_head=(False, True), attn_chunks=(1, 2, 4), thres=(0, 4, 9, 100), look_back=('none', 'round', 'rounds'), across=(True, False),
     duplicates=(True, False), context_only=(False, True), scale=(1., .5), hash_seed=(0, None))
 
@@ -114,7 +114,7 @@ def name(o): return '-'.join(str(v) for v in o.values())
 @pytest.mark.parametrize('o', cases(2000 if grids.whole else 150), ids=name)
 def test_layer_equals_explicit_matrices(o):
     layer = layer_of(o)
-    inputs,masks = call(o['n'], o['c'], o['mask'], o['context_mask'], o['pairs'], o['turn'])
+    inputs,masks = call(o['n'], o['c'], o['mask'], o['context_mask'], o['pairs'], o['turn'], o['num_mem_kv'])
     out,buckets = layer.with_state(**inputs, **masks)
     slow = layer_by_hand(layer, **inputs, buckets=buckets, **masks)
     torch.testing.assert_close(out, slow, rtol=0, atol=1e-12)
@@ -146,7 +146,7 @@ def test_call_with_buckets_repeats_the_first_one(hash_seed, attn_chunks, drop, c
 @pytest.mark.parametrize('o', cases(20, seed=1), ids=name)
 def test_number_of_pieces_does_not_matter(o):
     o = o | dict(hash_seed=0)
-    inputs,masks = call(o['n'], o['c'], o['mask'], o['context_mask'], o['pairs'], o['turn'])
+    inputs,masks = call(o['n'], o['c'], o['mask'], o['context_mask'], o['pairs'], o['turn'], o['num_mem_kv'])
     results = []
     for pieces in (None, 1, 2, 5, 100):
         layer = layer_of(o | dict(attn_chunks=pieces))
@@ -177,6 +177,16 @@ def test_padding_is_inert(o):
             inputs['input_attn_mask'][1][places[:,None] & places] = pairs.flatten()
         torch.testing.assert_close(layer(**inputs)[1:,places], alone, rtol=0, atol=1e-10)
 
+@pytest.mark.parametrize('hash_seed', (0, None))
+def test_buckets_of_another_input_are_obeyed(hash_seed):
+    layer = new_layer(num_mem_kv=2, n_local_attn_heads=1, attn_chunks=2, hash_seed=hash_seed)
+    inputs,masks = call(19, 6, 'holes', 'end', False, True)
+    _,buckets = layer.with_state(**inputs, **masks)
+    inputs['x'] = random(2, 19, e, seed=8)
+    out,same = layer.with_state(**inputs, **masks, buckets=buckets)
+    assert torch.equal(same, buckets) and not torch.equal(layer.with_state(**inputs, **masks)[1], buckets)
+    torch.testing.assert_close(out, layer_by_hand(layer, **inputs, buckets=buckets, **masks), rtol=0, atol=1e-12)
+
 def test_gradients_of_padding_are_zero():
     layer = new_layer(num_mem_kv=2, n_local_attn_heads=1)
     inputs,masks = call(19, 11, 'holes', 'holes', True, False)
@@ -205,7 +215,7 @@ def test_causality_hides_later_text_and_nothing_else(full):
 @pytest.mark.parametrize('o', cases(40, seed=3), ids=name)
 def test_callback_gets_the_weights_that_attend(o):
     layer,n,c = layer_of(o | dict(n_local_attn_heads=0)),o['n'],o['c']
-    inputs,masks = call(n, c, o['mask'], o['context_mask'], o['pairs'], o['turn'])
+    inputs,masks = call(n, c, o['mask'], o['context_mask'], o['pairs'], o['turn'], o['num_mem_kv'])
     seen = []
     layer.callback = lambda attn, ids: seen.append((attn, ids))
     layer(**inputs, **masks)
@@ -251,7 +261,7 @@ def test_layer_of_reformer_pytorch(causal, num_mem_kv, c, pairs, local, attn_chu
     for layer in (ours, theirs):
         torch.manual_seed(3)
         recorded = []
-        layer.callback = lambda attn, ids: recorded.append(ids)
+        layer.callback = lambda attn, ids, recorded=recorded: recorded.append(ids)
         out = layer(**inputs, **masks)
         named = dict(layer.named_parameters())
         results.append((*recorded, out, *torch.autograd.grad(out.sin().sum(), [*inputs.values(), *(named[k] for k in sorted(named))])))
