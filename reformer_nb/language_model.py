@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .core import Config, accept_names, as_mask, check_choice, check_int, real_positions
 from .next_token import NextToken, as_tokens, check_predicts, next_token_loss
 from .positions import AbsolutePositionalEmbedding, AxialPositionalEmbedding, FixedPositionalEmbedding, RotaryEmbedding
+from .self_attention import UpstreamWeights
 from .reformer import Pretrained, Reformer, old_arguments, old_names
 
 # %% ../nbs/11_language_model.ipynb #axial-grid
@@ -84,6 +85,8 @@ class TokenModel(nn.Module):
     )->tuple: # embeddings (b, n, e) to which positions may be added, and angles for rotary ones, or None
         "Tell the model where the tokens stand"
         if self.rotary is not None: return x,self.rotary(positions, torch.promote_types(x.dtype, torch.float32))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if isinstance(self.pos_emb, FixedPositionalEmbedding): return x + self.pos_emb(positions, dtype).to(x.dtype),None
         return x + self.pos_emb(positions).to(x.dtype),None
 
     def embed(self,
@@ -152,7 +155,7 @@ class Generative:
 old_lm_arguments = dict(**old_arguments, rotary_emb='positions are rotary unless another kind is chosen; leave it out')
 
 # %% ../nbs/11_language_model.ipynb #reformer-lm
-class ReformerLM(TokenModel, NextToken, Generative, Pretrained):
+class ReformerLM(UpstreamWeights, TokenModel, NextToken, Generative, Pretrained):
     "A language model: embeddings, positions, a Reformer, logits"
     @accept_names(renamed=old_names, removed=old_lm_arguments)
     def __init__(self,

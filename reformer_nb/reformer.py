@@ -14,7 +14,7 @@ from .core import Config, accept_names, check_int
 from .cross_attention import CrossAttention, DecoderAttention, check_context, hide_padding
 from .feed_forward import Chunk, FeedForward, PreNorm, ProductKeyMemory, ReZero, ScaleNorm
 from .reversible import ReversibleSequence
-from .self_attention import LSHSelfAttention
+from .self_attention import LSHSelfAttention, UpstreamWeights
 
 # %% ../nbs/10_reformer.ipynb #check-input
 def check_input(
@@ -183,7 +183,7 @@ old_arguments = dict(lsh_attn_auto_pad='any length works without it; leave it ou
                      n_local_attn_hashes='local attention is a matter of heads; pass for example n_local_attn_heads=2')
 
 # %% ../nbs/10_reformer.ipynb #reformer-class
-class Reformer(TwoStreams, Pretrained):
+class Reformer(UpstreamWeights, TwoStreams, Pretrained):
     "A stack of LSH attention and feed-forward layers in reversible form (paper, eq. 10)"
     @accept_names(renamed=old_names, removed=old_arguments)
     def __init__(self,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_width', 'SharedQKHeads', 'join_sequence', 'join_masks', 'check_attention', 'HashingHeads', 'in_backward',
-           'LocalHeads', 'StatefulSelfAttention', 'LSHSelfAttention']
+           'LocalHeads', 'StatefulSelfAttention', 'UpstreamWeights', 'LSHSelfAttention']
 
 # %% ../nbs/06_self_attention.ipynb #imports
 from functools import partial
@@ -243,8 +243,26 @@ class StatefulSelfAttention(LocalHeads):
         return self.with_state(x, keys=keys, input_mask=input_mask, input_attn_mask=input_attn_mask, context_mask=context_mask,
                                pos_emb=pos_emb, layer=layer)[0]
 
+# %% ../nbs/06_self_attention.ipynb #upstream-weights
+class UpstreamWeights:
+    "Weights of reformer_pytorch, for a class whose constructor takes the same keywords"
+    @classmethod
+    def from_reformer_pytorch(cls,
+        state_dict:dict, # {name: tensor}, that of reformer_pytorch's class of the same name
+        **options:object, # what that was made with; also any other argument of this class
+    )->nn.Module: # a model of this class, in eval mode
+        "A model with weights of reformer_pytorch 1.4.4"
+        from reformer_nb.upstream import from_reformer_pytorch
+        return from_reformer_pytorch(cls, state_dict, options)
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, *rest):
+        "Load, unless the names are those of reformer_pytorch"
+        from reformer_nb.upstream import refuse_upstream_keys
+        refuse_upstream_keys(self, state_dict, prefix, missing_keys)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
+
 # %% ../nbs/06_self_attention.ipynb #layer-code
-class LSHSelfAttention(StatefulSelfAttention):
+class LSHSelfAttention(UpstreamWeights, StatefulSelfAttention):
     "Multi-head LSH attention with shared queries and keys (paper, §2)"
     @accept_names(renamed=dict(emb='dim'))
     def __init__(self,
@@ -278,4 +296,6 @@ class LSHSelfAttention(StatefulSelfAttention):
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
         rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'
     ):
-        super().__init__(Config(locals()))
+        config = Config(locals())
+        super().__init__(config)
+        self.config = config
