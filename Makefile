@@ -12,6 +12,7 @@ help:      ## show this list
 	@sed -n 's/^\([a-z-]*\): .*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
 setup:     $(VENV)/.dev ## install the package and all tools into .venv
 demo:      $(VENV)/.train ## train a small Reformer and let it write, in a few minutes on a CPU
+	rm -rf out/demo
 	$(BIN)/reformer-nb train --out out/demo
 lab:       $(VENV)/.dev ## open the notebooks
 	$(BIN)/jupyter lab --notebook-dir nbs

@@ -14,7 +14,6 @@ import torch
 from .data import Corpus, files_corpus, load_corpus, to_bytes, to_text
 from .hashing import seeded_generator
 from .language_model import ReformerLM
-from .trainer import Trainer
 from .training import TrainSettings, compare_with_baselines, plot_buckets, plot_run
 
 # %% ../nbs/21_cli.ipynb #one-line
@@ -113,7 +112,7 @@ def continue_text(
 
 # %% ../nbs/21_cli.ipynb #draw
 def draw_pictures(
-    trainer:Trainer, # after its run
+    trainer:object, # a `Trainer` after its run
     scores:dict, # {name: bits per byte}
 )->Path|None: # the picture, or None without matplotlib
     "The loss curve, and the buckets of the last layer over a held-out passage"
@@ -134,8 +133,9 @@ def draw_pictures(
 def new_run(
     o:argparse.Namespace, # of `reformer-nb train`
     corpus:Corpus, # what to learn from
-)->Trainer:
+)->object: # a `Trainer`
     "A model and its trainer"
+    from reformer_nb import Trainer   # which needs Accelerate; the other commands do not
     torch.manual_seed(o.seed)
     model = ReformerLM(256, o.dim, o.depth, o.seq_len, heads=o.heads, dim_head=o.dim_head, bucket_size=o.bucket_size,
                        n_hashes=o.n_hashes, n_local_attn_heads=o.local_heads, causal=True)
@@ -144,7 +144,7 @@ def new_run(
 
 # %% ../nbs/21_cli.ipynb #dry-run
 def tell_cost(
-    trainer:Trainer, # before its run
+    trainer:object, # a `Trainer` before its run
 )->str:
     "Parameters, memory and time, from two steps"
     import resource   # not on Windows
@@ -161,7 +161,7 @@ def tell_cost(
 # %% ../nbs/21_cli.ipynb #report
 def report(
     o:argparse.Namespace, # of `reformer-nb train`
-    trainer:Trainer, # after its run
+    trainer:object, # a `Trainer` after its run
 )->None:
     "Evaluate, write, and say where everything is"
     model = ReformerLM.from_pretrained(trainer.out)
@@ -212,7 +212,7 @@ def main(
     try:
         o = parse(args)
         run[o.command](o)
-    except (ValueError, TypeError, OSError, FloatingPointError) as e:
+    except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as e:
         print(f'reformer-nb: {" ".join(str(e).split())}', file=sys.stderr)
         return 2
     except KeyboardInterrupt: return 130
