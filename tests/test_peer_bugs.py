@@ -8,7 +8,6 @@ import reformer_nb
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
 from reformer_nb.attention import FullQKAttention, lsh_attention_oracle
 from reformer_nb.data import files_corpus
 from reformer_nb.generation import TrainingWrapper, sample, top_k, top_p
