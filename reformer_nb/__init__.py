@@ -1,4 +1,5 @@
 __version__ = "0.0.1"
+from .encoder_decoder import ReformerEncDec as ReformerEncDec
 from .feed_forward import Chunk as Chunk, FeedForward as FeedForward
 from .generation import TrainingWrapper as TrainingWrapper
 from .language_model import ReformerLM as ReformerLM
