@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FeedForward', 'in_pieces', 'Circumstances', 'PieceGrads', 'ChunkFunction', 'Chunk', 'ScaleNorm', 'Wrapper', 'PreNorm',
-           'ReZero', 'best_pairs', 'ProductKeyMemory']
+           'ReZero', 'best_pairs', 'ProductKeys', 'ProductKeyMemory']
 
 # %% ../nbs/07_feed_forward.ipynb #imports
 from collections.abc import Callable
@@ -255,9 +255,9 @@ def best_pairs(
     found = (rows[...,i] + columns[...,j]).topk(topk, dim=-1).indices
     return scores.shape[-1]*row_ids.gather(-1, i[found]) + column_ids.gather(-1, j[found])
 
-# %% ../nbs/07_feed_forward.ipynb #memory-code
-class ProductKeyMemory(nn.Module):
-    "A large table, of which each position reads the few rows whose keys fit best (Lample et al.)"
+# %% ../nbs/07_feed_forward.ipynb #keys-code
+class ProductKeys(nn.Module):
+    "Queries of each position, and half keys that they are compared with"
     def __init__(self,
         dim:int, # width of the model
         heads:int=4, # queries of each position
@@ -272,8 +272,6 @@ class ProductKeyMemory(nn.Module):
         self.to_queries = nn.Linear(dim, 2*heads*dim_head, bias=False)
         self.norm = nn.LayerNorm(dim_head)
         self.keys = nn.Parameter(torch.randn(heads, num_keys, 2, dim_head) / dim_head**.5)
-        self.values = nn.EmbeddingBag(num_keys**2, dim, mode='sum')
-        nn.init.normal_(self.values.weight, std=dim**-.5)
 
     def half_scores(self,
         x:Tensor, # (..., e)
@@ -283,6 +281,20 @@ class ProductKeyMemory(nn.Module):
             raise ValueError(f'x has shape {tuple(x.shape)}, but the layer needs (..., {e}); build it with dim={x.shape[-1]}')
         q = rearrange(self.to_queries(x), '... (two h d) -> two ... h d', two=2, h=self.heads)
         return einsum(self.norm(q), self.keys, 'two ... h d, h k two d -> two ... h k')
+
+# %% ../nbs/07_feed_forward.ipynb #memory-code
+class ProductKeyMemory(ProductKeys):
+    "A large table, of which each position reads the few rows whose keys fit best (Lample et al.)"
+    def __init__(self,
+        dim:int, # width of the model
+        heads:int=4, # queries of each position
+        num_keys:int=128, # half keys of each kind; the table has `num_keys`**2 rows
+        topk:int=32, # rows that a query reads
+        dim_head:int=128, # width of a half key
+    ):
+        super().__init__(dim, heads, num_keys, topk, dim_head)
+        self.values = nn.EmbeddingBag(num_keys**2, dim, mode='sum')
+        nn.init.normal_(self.values.weight, std=dim**-.5)
 
     def with_state(self,
         x:Tensor, # (..., e)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['keep_top_k', 'keep_top_p', 'check_sampling', 'sample', 'padding_first', 'as_prompt', 'last_logits', 'continue_rows',
-           'given', 'generate', 'top_k', 'top_p', 'pad_texts', 'TrainingWrapper']
+           'given', 'generate', 'top_k', 'top_p', 'pad_texts', 'LossWrapper', 'TrainingWrapper']
 
 # %% ../nbs/12_generation.ipynb #imports
 from collections.abc import Callable
@@ -191,8 +191,8 @@ def pad_texts(
     return tokens,torch.arange(tokens.shape[1], device=tokens.device) < lengths[:,None]
 
 # %% ../nbs/12_generation.ipynb #training-wrapper
-class TrainingWrapper(nn.Module):
-    "Loss and generation with the names and shapes of reformer_pytorch"
+class LossWrapper(nn.Module):
+    "A language model that is called for its logits or for its loss"
     def __init__(self,
         net:nn.Module, # a causal language model
         ignore_index:int=-100, # a token that costs nothing where it should be predicted
@@ -233,6 +233,9 @@ class TrainingWrapper(nn.Module):
         x = self.net.embed(seen, real, **context, **given(dict(input_attn_mask=allowed)))
         return loss_in_blocks(x, *self.net.head(), targets, counted)
 
+# %% ../nbs/12_generation.ipynb #training-wrapper-generate
+class TrainingWrapper(LossWrapper):
+    "Loss and generation with the names and shapes of reformer_pytorch"
     def generate(self,
         start_tokens:Tensor|list, # (n) or (b, n) integers, or a list of tensors (n)
         seq_len:int, # how many tokens to add, at most

@@ -31,8 +31,8 @@ def mathjax(dest):
     (dest/js.name).write_bytes(note + js.locate().read_bytes())
 
 def lean(html):
-    "A page without versions of tools, which differ between machines, and without marks around code that has no colour of its own"
-    return re.sub(r'<span class="(?:n|nn|p|w)">([^<]*)</span>', r'\1', re.sub(r'<!-- Generated with .*? -->', '', html))
+    "A page without versions of tools, which differ between machines, and without marks around names, operators and punctuation in code, which are most of them"
+    return re.sub(r'<span class="(?:n|nn|o|p|w)">([^<]*)</span>', r'\1', re.sub(r'<!-- Generated with .*? -->', '', html))
 
 def build():
     shutil.rmtree(work, ignore_errors=True)
