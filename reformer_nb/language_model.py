@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import Config, accept_names, as_mask, check_choice, check_int, real_positions
-from .next_token import NextToken, as_tokens, check_predicts, next_token_loss
+from .next_token import NextToken, as_tokens
 from .positions import AbsolutePositionalEmbedding, AxialPositionalEmbedding, FixedPositionalEmbedding, RotaryEmbedding
 from .self_attention import UpstreamWeights
 from .reformer import Pretrained, Reformer, old_arguments, old_names

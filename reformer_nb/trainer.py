@@ -136,10 +136,10 @@ class RunStore:
         for o in reversed(self.steps()) if step is None else [step]:
             try: tensors,metadata = read_weights(self.path(o))
             except (ValueError, OSError) as e:
-                warnings.warn(f'{e}; going back to the checkpoint before')
+                warnings.warn(f'{e}; going back to the checkpoint before', stacklevel=2)
                 continue
             if fingerprint(metadata['config'], tensors)==metadata['sha256']: return o,tensors,json.loads(metadata['config'])
-            warnings.warn(f'{self.path(o)} is damaged (its SHA-256 is another); going back to the checkpoint before')
+            warnings.warn(f'{self.path(o)} is damaged (its SHA-256 is another); going back to the checkpoint before', stacklevel=2)
         return None
 
 # %% ../nbs/18b_trainer.ipynb #stop-signals
