@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 import torch
+from .encoder_decoder import ReformerEncDec
 from .language_model import ReformerLM
 from .reformer import Reformer
 from .self_attention import LSHSelfAttention
@@ -43,7 +44,7 @@ def fingerprint(
 
 # %% ../nbs/16_checkpoints.ipynb #format
 format_version = 1
-model_classes = {o.__name__: o for o in (LSHSelfAttention, Reformer, ReformerLM)}
+model_classes = {o.__name__: o for o in (LSHSelfAttention, Reformer, ReformerEncDec, ReformerLM)}
 
 # %% ../nbs/16_checkpoints.ipynb #encode-activation
 def encode_activation(

@@ -10,10 +10,12 @@ from collections.abc import Callable
 import difflib, inspect
 import torch
 from torch import Tensor, nn
-from .core import accept_names
+from .core import Config, accept_names
 from .generation import TrainingWrapper, given, pad_texts, top_k
 from .language_model import ReformerLM, old_lm_arguments, old_names
+from .reformer import Pretrained
 from .replay import replay_modes
+from .self_attention import UpstreamWeights
 
 # %% ../nbs/13_encoder_decoder.ipynb #lm-names
 def lm_names()->tuple: # of names, old ones that `ReformerLM` understands among them
@@ -82,6 +84,7 @@ class TwoModels(nn.Module):
         **parts:object, # arguments of `ReformerLM`, with enc_ or dec_ before them
     ):
         super().__init__()
+        self.config = Config(dict(dim=dim, ignore_index=ignore_index, pad_value=pad_value, cross_attention=cross_attention, **parts))
         enc,dec = split_arguments(parts)
         force(enc, 'enc_return_embeddings', True, 'the decoder reads vectors')
         force(dec, 'dec_return_embeddings', False, 'the decoder predicts tokens')
@@ -141,7 +144,7 @@ class Writes:
                                  input_mask=dec_input_mask, generator=generator, **context)
 
 # %% ../nbs/13_encoder_decoder.ipynb #enc-dec
-class ReformerEncDec(TwoModels, Writes):
+class ReformerEncDec(UpstreamWeights, TwoModels, Writes, Pretrained):
     "An encoder-decoder model with the names of reformer_pytorch"
     @accept_names(removed=dict(enc_keys='the encoder reads seq_in alone; leave it out', dec_keys='they come from the encoder; call .dec for others'))
     def forward(self,

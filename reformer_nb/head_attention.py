@@ -74,13 +74,14 @@ def attend_by_length(
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
     attend_across_buckets:bool=True, # False: only keys of the same bucket
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
+    backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
     "LSH attention of long rows, full attention of short ones"
     common = dict(query_len=query_len, causal=causal, scale=scale, dropout=dropout)
     masks = dict(mask=mask, key_mask=key_mask, attn_mask=attn_mask)
     if buckets is None: return full_attention(qk, v, **masks, **common)
     out = lsh_attention(qk, v, buckets, bucket_size=bucket_size, look_back=look_back, attend_across_buckets=attend_across_buckets,
-                        allow_duplicate_attention=allow_duplicate_attention, **masks, **common)
+                        allow_duplicate_attention=allow_duplicate_attention, backend=backend, **masks, **common)
     if mask is None or not (short := mask.sum(-1)<=full_attn_thres).any(): return out
     masks = {k: o if o is None else o[short] for k,o in masks.items()}
     return out.index_put((short,), attend_short_rows(qk[short], v[short], length=full_attn_thres, **masks, **common))

@@ -16,7 +16,7 @@ from .attention import rotate_queries
 from .core import Config, accept_names, as_mask, check_choice, check_int, check_rate
 from .hashing import BucketHasher
 from .head_attention import attend_by_length, in_pieces, local_attention, weights_by_length
-from .lsh import offset_buckets
+from .lsh import backends, choose_fused, offset_buckets
 from .sorting import look_backs
 
 # %% ../nbs/06_self_attention.ipynb #check-width
@@ -115,6 +115,7 @@ def check_attention(
     for name,least in dict(full_attn_thres=0, attn_chunks=1).items():
         if c[name] is not None: check_int(name, c[name], least=least)
     check_choice('look_back', c['look_back'], look_backs)
+    check_choice('backend', c['backend'], backends)
     if c['n_local_attn_heads']>=c['heads']:
         raise ValueError(f'n_local_attn_heads={c["n_local_attn_heads"]} must be fewer than heads={c["heads"]}; leave at least one head to hash')
     if c['n_local_attn_heads'] and c['context_only'] and not c['local_memory']:
@@ -135,7 +136,7 @@ class HashingHeads(SharedQKHeads):
         self.hasher = BucketHasher(**c.arguments_of(BucketHasher))
         self.options = {k: c[k] for k in ('bucket_size', 'causal', 'scale', 'look_back', 'attend_across_buckets', 'allow_duplicate_attention')}
         self.options['full_attn_thres'] = c['bucket_size'] if c['full_attn_thres'] is None else c['full_attn_thres']
-        for k in ('use_full_attn', 'context_only', 'n_local_attn_heads', 'local_pos_emb', 'local_memory', 'return_attn'): setattr(self, k, c[k])
+        for k in ('use_full_attn', 'context_only', 'n_local_attn_heads', 'local_pos_emb', 'local_memory', 'return_attn', 'backend'): setattr(self, k, c[k])
         self.attn_chunks,self.dropout,self.post_attn_dropout = c['attn_chunks'] or 1,c['dropout'],nn.Dropout(c['post_attn_dropout'])
         self.callback = None
 
@@ -159,8 +160,9 @@ class HashingHeads(SharedQKHeads):
         masks:dict, # mask, key_mask and attn_mask
     )->Tensor: # (b, h, query_len, d)
         "Attention of the heads that hash"
-        f = partial(attend_by_length, query_len=query_len, dropout=self.dropout if self.training else 0., **self.options)
-        return in_pieces(f, self.attn_chunks, qk, v, buckets, masks)
+        f = partial(attend_by_length, query_len=query_len, dropout=self.dropout if self.training else 0., backend=self.backend, **self.options)
+        lean = buckets is not None and choose_fused(self.backend, qk.device)   # keeps no weights, so pieces would save nothing
+        return in_pieces(f, 1 if lean else self.attn_chunks, qk, v, buckets, masks)
 
 # %% ../nbs/06_self_attention.ipynb #in-backward
 def in_backward()->bool:
@@ -292,6 +294,7 @@ class LSHSelfAttention(UpstreamWeights, StatefulSelfAttention):
         local_memory:bool=True, # False: local heads see neither memory nor context
         n_buckets:int|tuple|None=None, # a fixed number of buckets, or its factors; None derives it from the length of each row
         look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
+        backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
         scale:float=1., # factor of the scores
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
         rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'

@@ -10,6 +10,7 @@ __all__ = ['upstream_keys', 'upstream_extras', 'upstream_names', 'strip_wrappers
 # %% ../nbs/16b_upstream.ipynb #imports
 import re, warnings
 import torch
+from .encoder_decoder import ReformerEncDec
 from .language_model import ReformerLM
 from .positions import FixedPositionalEmbedding
 from torch import Tensor, nn
@@ -121,7 +122,7 @@ def upstream_options(
 )->dict: # the same and further keywords
     "Options that make a model compute what reformer_pytorch does"
     res = dict(options)
-    for start in ('enc_', 'dec_') if any(k.startswith('enc_') for k in options) else ('',):
+    for start in ('enc_', 'dec_') if issubclass(cls, ReformerEncDec) else ('',):
         part = {k.removeprefix(start): o for k,o in options.items() if k.startswith(start)}
         numerics = upstream_numerics(ReformerLM if start else cls, dict(dict(dim=options.get('dim')), **part))
         res = {**{start+k: o for k,o in numerics.items()}, **res}

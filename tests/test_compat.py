@@ -17,14 +17,15 @@ compat.install()
 compat.install()   # twice is once
 import importlib.util
 import reformer_pytorch, reformer_pytorch.reversible
-from reformer_pytorch import LSHAttention, LSHSelfAttention, Reformer, ReformerLM, Recorder, Autopadder
+from reformer_pytorch import LSHAttention, LSHSelfAttention, Reformer, ReformerLM, ReformerEncDec, Recorder, Autopadder
 from reformer_pytorch.reformer_pytorch import (Always, default, exists, cast_tuple, max_neg_value, FullQKAttention, FeedForward, Chunk, PreNorm, ReZero, ScaleNorm,
     AbsolutePositionalEmbedding, FixedPositionalEmbedding, AxialPositionalEmbedding, PKM, GELU, ReversibleSequence)
 from reformer_pytorch.reversible import ReversibleBlock, ReversibleSequence
 from reformer_pytorch.generative_tools import TrainingWrapper, top_k, top_p
 from reformer_pytorch.autopadder import Autopadder as A
 from reformer_pytorch.recorder import Recorder as R
-assert (A,R)==(Autopadder,Recorder) and reformer_pytorch.ReformerLM is reformer_pytorch.reformer_pytorch.ReformerLM
+from reformer_pytorch.reformer_enc_dec import ReformerEncDec as E
+assert (A,R,E)==(Autopadder,Recorder,ReformerEncDec) and reformer_pytorch.ReformerLM is reformer_pytorch.reformer_pytorch.ReformerLM
 assert importlib.util.find_spec('reformer_pytorch') is not None
 model = ReformerLM(num_tokens=50, dim=32, depth=1, max_seq_len=64, bucket_size=8)
 assert model.config['scale']==64**-.5 and model.config['look_back']=='rounds' and model.config['hash_seed'] is None and model.config['ff_chunks']==100

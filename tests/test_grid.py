@@ -1,5 +1,6 @@
 "Grids in float64: LSH attention against the oracle, the reversible stack against the plain one"
 import copy
+from functools import partial
 from itertools import product
 import grids
 import pytest
@@ -38,7 +39,7 @@ def test_lsh_attention_equals_the_oracle(n, m, r, causal, look_back, across, dup
     options = dict(bucket_size=m, causal=causal, mask=mask, look_back=look_back, attend_across_buckets=across, allow_duplicate_attention=duplicates,
                    query_len=None if asking is None else query_len, key_mask=hidden(keys, 2, n, query_len), attn_mask=pairs(matrix, 2, n, query_len))
     results = []
-    for f in (lsh_attention, lsh_attention_oracle):
+    for f in (partial(lsh_attention, backend='reference'), lsh_attention_oracle):   # test_fused.py has the other backend
         x,y = qk.clone().requires_grad_(),v.clone().requires_grad_()
         out = f(x, y, buckets, **options)
         (out*weights[:,:,:query_len]).sum().backward()
@@ -52,7 +53,7 @@ module_grid = list(product((False, True), (True, False), (False, True), (True, F
 
 @pytest.mark.parametrize('causal,across,per_head,rehash,query_len,matrix,rotary,dropout', grids.sample(module_grid, 50))
 def test_modules_equal_reformer_pytorch(causal, across, per_head, rehash, query_len, matrix, rotary, dropout, monkeypatch):
-    peer = pytest.importorskip('reformer_pytorch.reformer_pytorch')
+    from reformer_pytorch import reformer_pytorch as peer
     generator,b,n,d = torch.Generator().manual_seed(0),6,32,8
     x,y = torch.randn(2, b, n, d, dtype=torch.double, generator=generator)
     allowed = torch.rand(b, query_len, query_len-2, generator=generator) > .3 if matrix else None
@@ -60,6 +61,7 @@ def test_modules_equal_reformer_pytorch(causal, across, per_head, rehash, query_
     table = torch.cat([angles.sin(), angles.cos()], dim=-1)[None]
     options = dict(bucket_size=4, n_hashes=4, causal=causal, attend_across_buckets=across, random_rotations_per_head=per_head,
                    rehash_each_round=rehash, return_attn=True, dropout=dropout, drop_for_hash_rate=dropout)
+    backend = 'reference' if dropout else 'auto'   # which draws dropout as the peer does
     draw = torch.randn
     def draw_single(shape, dtype, device): return draw(shape, dtype=torch.float32).to(dtype)   # as ours does
     torch.manual_seed(1)
@@ -70,7 +72,7 @@ def test_modules_equal_reformer_pytorch(causal, across, per_head, rehash, query_
     monkeypatch.undo()
     after = torch.rand(3)
     torch.manual_seed(1)
-    module = LSHAttention(**options, hash_seed=None, look_back='rounds', scale=d**-.5).train(dropout>0)
+    module = LSHAttention(**options, hash_seed=None, look_back='rounds', scale=d**-.5, backend=backend).train(dropout>0)
     got = module(x, y, query_len, input_attn_mask=allowed, pos_emb=angles if rotary else None)
     assert torch.equal(got[2], want[2]) and torch.equal(torch.rand(3), after)   # the same buckets, and the same random numbers follow
     torch.testing.assert_close(got[1], want[1], rtol=0, atol=1e-10)   # a lone query's score is -5e4 there, which costs digits

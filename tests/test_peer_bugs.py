@@ -317,6 +317,20 @@ def test_L19_padding_moves_nothing(options):
     alone = ours(x[1:,:41])   # nor does its length, nor the other row
     torch.testing.assert_close(ours(x, input_mask=mask)[1:,:41], alone, rtol=0, atol=1e-10)
 
+def enc_dec(package, **options):
+    parts = {f'{k}_{name}': o for k in ('enc','dec') for name,o in dict(lm, **options).items() if name!='dim'}
+    return package.ReformerEncDec(dim=32, **parts).double()
+
+def test_L20_lists_of_inputs_are_masked():
+    import reformer_pytorch
+    texts,targets = [torch.randint(1, 50, (n,)) for n in (64,40)],[torch.randint(1, 50, (n,)) for n in (48,33)]
+    moved = []
+    for package in (reformer_pytorch, reformer_nb):
+        model = enc_dec(package, use_full_attn=True).eval()
+        together,alone = model(texts, targets)[1:,:33],model(texts[1][None], targets[1][None])
+        moved.append(float((together-alone).abs().max()))
+    assert moved[0]>1e-4 and moved[1]<1e-10
+
 def test_L20_lists_of_texts_are_masked():
     import reformer_pytorch.generative_tools as up
     texts,moved = [torch.randint(1, 50, (n,)) for n in (64,40)],[]

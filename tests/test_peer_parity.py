@@ -89,6 +89,8 @@ cases = dict(
     attention_keys=('LSHSelfAttention', dict(layer, num_mem_kv=2, causal=True), dict(n=50, keys=12)),
     attention_mask_full=('LSHSelfAttention', dict(layer, use_full_attn=True), dict(n=20, input_mask=True)),
     attention_local_mask=('LSHSelfAttention', dict(layer, use_full_attn=True, n_local_attn_heads=3), dict(n=48, input_mask=True)),
+    encoder_decoder=('ReformerEncDec', dict(dim=32, **{f'{k}_{name}': o for k in ('enc','dec') for name,o in dict(
+        num_tokens=50, depth=2, max_seq_len=64, heads=4, dim_head=8, bucket_size=8, n_hashes=2, ff_chunks=4).items()}), {}),
 )
 
 def draw(model):
@@ -157,9 +159,9 @@ def test_outputs_and_gradients_equal_the_peers(name):
 def test_enough_configurations():
     assert len(cases)>=30
     import reformer_pytorch   # the case of all options at once leaves out those that exclude each other
-    assert {'ReformerLM','Reformer','LSHSelfAttention'} <= {o for o,_,_ in cases.values()} <= set(dir(reformer_pytorch))
+    assert {'ReformerLM','Reformer','LSHSelfAttention','ReformerEncDec'} <= {o for o,_,_ in cases.values()} <= set(dir(reformer_pytorch))
 
-@pytest.mark.parametrize('name', [k for k,(_,options,_) in cases.items() if not options.get('causal') and options.get('lsh_attend_across_buckets', True)])
+@pytest.mark.parametrize('name', [k for k,(_,options,_) in cases.items() if not options.get('causal') and options.get('lsh_attend_across_buckets', True) and k!='encoder_decoder'])
 def test_float32_outputs_are_close(name):
     "Every row sees another key than itself here"
     theirs,ours = pair(name, torch.float32)
@@ -226,7 +228,7 @@ def test_default_seed_makes_evaluation_repeatable():
     (x,),_,_ = inputs('plain')
     assert torch.equal(ours(x), ours(x)) and not torch.equal(theirs.eval()(x), theirs(x))
 
-@pytest.mark.parametrize('cls,name', [('ReformerLM','readme'), ('Reformer','stack_causal'), ('LSHSelfAttention','attention')])
+@pytest.mark.parametrize('cls,name', [('ReformerLM','readme'), ('Reformer','stack_causal'), ('LSHSelfAttention','attention'), ('ReformerEncDec','encoder_decoder')])
 def test_every_key_is_accounted_for(cls, name):
     import reformer_pytorch
     options = cases[name][1]
@@ -251,7 +253,7 @@ def test_wrapped_keys():
     ours = reformer_nb.ReformerLM.from_reformer_pytorch(state, **lm)
     assert torch.equal(ours.token_emb.weight, wrapper.net.net.token_emb.weight)
 
-@pytest.mark.parametrize('cls,name', [('ReformerLM','plain'), ('Reformer','stack'), ('LSHSelfAttention','attention')])
+@pytest.mark.parametrize('cls,name', [('ReformerLM','plain'), ('Reformer','stack'), ('LSHSelfAttention','attention'), ('ReformerEncDec','encoder_decoder')])
 def test_load_state_dict_points_to_the_importer(cls, name):
     "Also from inside another module"
     theirs,ours = pair(name, torch.float32)
@@ -276,7 +278,7 @@ def test_half_precision_weights():
 def compat(name, module='reformer_pytorch'): return getattr(upstream_modules()[module], name)
 
 @pytest.mark.parametrize('name', ('plain', 'readme', 'everything', 'tied_embedding_factorised', 'local_heads_mem_kv', 'stack', 'stack_causal',
-                                  'attention_keys', 'attention_best_buckets'))
+                                  'attention_keys', 'attention_best_buckets', 'encoder_decoder'))
 def test_compat_has_the_peers_defaults_and_numerics(name):
     "Its constructor calls, its `load_state_dict`, its random numbers"
     import reformer_pytorch

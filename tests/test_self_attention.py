@@ -87,7 +87,7 @@ grid = dict(
     n=(1, 2, 3, 5, 8, 13, 17, 24, 31), c=(0, 1, 6, 11), causal=(False, True), num_mem_kv=(0, 1, 3), mask=('none', 'end', 'holes'),
     context_mask=('none', 'end', 'holes'), pairs=(False, True, 'all'), turn=(False, True), n_local_attn_heads=(0, 1, 2), local=('both', 'positions', 'memory', 'neither'),
     one_value_head=(False, True), attn_chunks=(1, 2, 4), thres=(0, 4, 9, 100), look_back=('none', 'round', 'rounds'), across=(True, False),
-    duplicates=(True, False), context_only=(False, True), scale=(1., .5), hash_seed=(0, None))
+    duplicates=(True, False), context_only=(False, True), scale=(1., .5), hash_seed=(0, None), backend=('auto', 'reference'))
 
 def cases(k, seed=0):
     "`k` random points of the grid that make sense"
@@ -105,7 +105,7 @@ def layer_of(o):
     return new_layer(causal=o['causal'], num_mem_kv=o['num_mem_kv'], n_local_attn_heads=o['n_local_attn_heads'], full_attn_thres=o['thres'],
                      local_pos_emb=o['local'] in ('both', 'positions'), local_memory=o['local'] in ('both', 'memory'),
                      one_value_head=o['one_value_head'], attn_chunks=o['attn_chunks'], look_back=o['look_back'], attend_across_buckets=o['across'],
-                     allow_duplicate_attention=o['duplicates'], context_only=o['context_only'], scale=o['scale'], hash_seed=o['hash_seed'])
+                     allow_duplicate_attention=o['duplicates'], context_only=o['context_only'], scale=o['scale'], hash_seed=o['hash_seed'], backend=o['backend'])
 
 def gradients(out, inputs): return torch.autograd.grad((out*random(*out.shape, seed=9)).sum(), inputs, materialize_grads=True)
 
@@ -247,7 +247,7 @@ parity_grid = list(product((False, True), (0, 2), (0, 6), (False, True), (0, 1),
 
 @pytest.mark.parametrize('causal,num_mem_kv,c,pairs,local,attn_chunks,per_head,rehash,thres,across', grids.sample(parity_grid, 60))
 def test_layer_of_reformer_pytorch(causal, num_mem_kv, c, pairs, local, attn_chunks, per_head, rehash, thres, across, monkeypatch):
-    peer = pytest.importorskip('reformer_pytorch.reformer_pytorch')
+    from reformer_pytorch import reformer_pytorch as peer
     if local: num_mem_kv,c,pairs = (2, 6, False) if num_mem_kv else (0, 0, False)   # its local heads need whole windows, and obey no pairs
     n,draw = 24-num_mem_kv-c,torch.randn
     shared = dict(n_hashes=2, causal=causal, attn_chunks=attn_chunks, num_mem_kv=num_mem_kv, n_local_attn_heads=local, full_attn_thres=thres,
