@@ -1,4 +1,4 @@
-.PHONY: help setup demo lab export run readme docs check test test-all bench clean
+.PHONY: help setup demo lab export run readme docs check test test-all clean
 PY ?= python3
 VENV ?= .venv
 N ?= 2
@@ -30,8 +30,6 @@ test:      check ## the check, then every notebook and tests/
 	$(PYTEST)
 test-all:  check ## the same with whole grids and slow cells and tests
 	$(PYTEST) --all --flags "slow $(FLAGS)"
-bench:     $(VENV)/.dev ## run the comparisons of nbs/experiments, slow cells included
-	$(TOOL)/nbrun.py nbs/experiments --flags "slow $(FLAGS)"
 clean:     ## remove what builds and runs leave; .venv stays
 	rm -rf _proc build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
 

@@ -6,9 +6,10 @@
 __all__ = ['models', 'layers', 'wrappers', 'helpers', 'UpstreamModel', 'UpstreamReformerLM', 'UpstreamReformerEncDec',
            'as_angles', 'UpstreamReformer', 'UpstreamLSHSelfAttention', 'UpstreamHeads', 'UpstreamLSHAttention',
            'UpstreamFullQKAttention', 'TakesSignal', 'UpstreamFeedForward', 'UpstreamChunk', 'UpstreamPreNorm',
-           'UpstreamAbsolutePositionalEmbedding', 'UpstreamFixedPositionalEmbedding', 'UpstreamWrapper',
-           'UpstreamTrainingWrapper', 'UpstreamAutopadder', 'UpstreamRecorder', 'ReversibleBlock', 'Always', 'exists',
-           'default', 'cast_tuple', 'max_neg_value', 'as_module', 'upstream_modules', 'install']
+           'UpstreamAbsolutePositionalEmbedding', 'UpstreamFixedPositionalEmbedding',
+           'UpstreamAxialPositionalEmbedding', 'UpstreamWrapper', 'UpstreamTrainingWrapper', 'UpstreamAutopadder',
+           'UpstreamRecorder', 'ReversibleBlock', 'Always', 'exists', 'default', 'cast_tuple', 'max_neg_value',
+           'as_module', 'upstream_modules', 'install']
 
 # %% ../nbs/20_compat.ipynb #imports
 import functools, inspect, sys
@@ -38,7 +39,9 @@ class UpstreamModel:
         *args, # as in reformer_pytorch
         **options, # as there, and keywords of ours
     ):
-        names = inspect.signature(super().__init__).parameters
+        names = list(inspect.signature(super().__init__).parameters)
+        if len(args)>len(names): raise TypeError(f'{type(self).__name__} takes at most {len(names)} arguments by position, {len(args)} are given; name them')
+        if twice := options.keys() & set(names[:len(args)]): raise TypeError(f'{type(self).__name__} got {", ".join(twice)} twice, by position and by name; give it once')
         given = {**self.upstream_defaults, **dict(zip(names, args)), **options}
         super().__init__(**upstream_options(type(self), given))
 
@@ -205,6 +208,20 @@ class UpstreamFixedPositionalEmbedding(FixedPositionalEmbedding):
         state_dict.pop(f'{prefix}inv_freq', None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+class UpstreamAxialPositionalEmbedding(AxialPositionalEmbedding):
+    "`AxialPositionalEmbedding` of axial_positional_embedding, as reformer_pytorch hands it on"
+    def __init__(self,
+        dim:int, # width of the model
+        axial_shape:tuple, # sides of the grid
+        axial_dims:tuple|None=None, # widths of vectors that are put side by side; None adds vectors of the whole width
+    ): super().__init__(dim, axial_shape, combine='concat' if axial_dims else 'sum', axial_dims=axial_dims)
+
+    def forward(self,
+        x:Tensor, # (b, n, ...)
+    )->Tensor: # (b, n, e)
+        "Vectors of the first n positions, for each row"
+        return super().forward(torch.arange(x.shape[1], device=x.device)).expand(len(x), -1, -1)
+
 # %% ../nbs/20_compat.ipynb #wrappers
 class UpstreamWrapper:
     "Loads what a wrapper of reformer_pytorch saved"
@@ -299,7 +316,7 @@ def as_module(
 # %% ../nbs/20_compat.ipynb #modules
 models = dict(LSHAttention=UpstreamLSHAttention, LSHSelfAttention=UpstreamLSHSelfAttention, Reformer=UpstreamReformer, ReformerLM=UpstreamReformerLM)
 layers = dict(FullQKAttention=UpstreamFullQKAttention, FeedForward=UpstreamFeedForward, Chunk=UpstreamChunk, PreNorm=UpstreamPreNorm,
-              ReZero=ReZero, ScaleNorm=ScaleNorm, PKM=ProductKeyMemory, GELU=nn.GELU, AxialPositionalEmbedding=AxialPositionalEmbedding,
+              ReZero=ReZero, ScaleNorm=ScaleNorm, PKM=ProductKeyMemory, GELU=nn.GELU, AxialPositionalEmbedding=UpstreamAxialPositionalEmbedding,
               AbsolutePositionalEmbedding=UpstreamAbsolutePositionalEmbedding, FixedPositionalEmbedding=UpstreamFixedPositionalEmbedding)
 wrappers = dict(Autopadder=UpstreamAutopadder, Recorder=UpstreamRecorder, ReformerEncDec=UpstreamReformerEncDec)
 helpers = dict(Always=Always, default=default, exists=exists, cast_tuple=cast_tuple, max_neg_value=max_neg_value)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from .core import as_mask, check_int, check_rate, upcast
-from .feed_forward import replay_modes
+from .replay import replay_modes
 from .next_token import as_tokens, check_predicts, loss_in_blocks, shift
 
 # %% ../nbs/12_generation.ipynb #keep-top-k
@@ -87,6 +87,7 @@ def as_prompt(
     input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
 )->tuple: # tokens (b, n) int64 and a bool mask (b, n), True where a real token stands
     "Refuse what cannot be continued"
+    if not isinstance(prompt, Tensor): raise TypeError(f'prompt is a {type(prompt).__name__}; give a tensor (b, n) of tokens, for example torch.tensor([[1, 2, 3]])')
     check_predicts(model.config, 'generate')
     real = torch.ones_like(prompt, dtype=torch.bool) if input_mask is None else as_mask(input_mask, prompt.shape)
     tokens = as_tokens(prompt, model.config['num_tokens'], real)
@@ -119,6 +120,9 @@ def continue_rows(
     context:dict|None=None, # more keyword arguments of the model
 )->Tensor: # (b, max_new_tokens) int64, the new tokens only
     "Add tokens one at a time, each from a forward pass over the last `max_seq_len` tokens"
+    if eos_token is not None:
+        check_int('eos_token', eos_token, least=0)
+        if eos_token>=(v := model.config['num_tokens']): raise ValueError(f'eos_token={eos_token} is outside the vocabulary of num_tokens={v}, so no row would end; pass one of its tokens, or None')
     tokens,real = padding_first(tokens, real)
     new,ended = tokens.new_full((len(tokens), max_new_tokens), pad_token),torch.zeros_like(real[:,0])
     with replay_modes([(o, False) for o in model.modules()]):

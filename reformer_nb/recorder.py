@@ -8,6 +8,7 @@ __all__ = ['Recordings', 'Recorder', 'by_round', 'sorted_order']
 # %% ../nbs/14_recorder.ipynb #imports
 from contextlib import nullcontext
 from torch import Tensor, nn
+from .reformer import Reformer
 from .self_attention import LSHSelfAttention
 
 # %% ../nbs/14_recorder.ipynb #recorder-code
@@ -50,14 +51,16 @@ class Recordings(nn.Module):
 # %% ../nbs/14_recorder.ipynb #recorder-class
 class Recorder(Recordings):
     "Records attention weights and buckets of each forward pass of a model"
-    ejected,found,hooks = False,(),()   # what the layers had before, and hooks of the model while it is watched
+    ejected,found,hooks,depth = False,(),(),0   # what the layers had before, hooks of the model while it is watched, calls within calls
 
     def listen(self,
         net:nn.Module, # about to be called
         args:tuple, # its arguments
     )->None:
         "Before a pass: ask all layers to report"
-        layers = [o for o in net.modules() if isinstance(o, LSHSelfAttention)] if self.on else []
+        self.depth += 1
+        if self.depth>1: return   # a stack inside of a model
+        layers = [o for o in self.net.modules() if isinstance(o, LSHSelfAttention)] if self.on else []
         self.found = [(o, o.callback, o.return_attn) for o in layers]
         for o in layers: o.callback,o.return_attn = self.record,True
 
@@ -67,6 +70,8 @@ class Recorder(Recordings):
         out:object, # its output, or None after an error
     )->None:
         "After a pass: put back what was found; a pass that failed leaves no recording"
+        self.depth -= 1
+        if self.depth: return
         for o,callback,return_attn in self.found: o.callback,o.return_attn = callback,return_attn
         self.found = ()
         if out is None: self.recordings.pop(self.iter, None)
@@ -75,7 +80,8 @@ class Recorder(Recordings):
     def __enter__(self):
         if self.ejected: raise RuntimeError('this Recorder was ejected and records no more; wrap the model in a new one')
         if self.hooks: raise RuntimeError('this Recorder is recording already; leave the outer `with` first')
-        self.hooks = [self.net.register_forward_pre_hook(self.listen), self.net.register_forward_hook(self.leave, always_call=True)]
+        watched = {self.net, *(o for o in self.net.modules() if isinstance(o, Reformer))}   # `loss` calls the stack, not the model
+        self.hooks = [h for o in watched for h in (o.register_forward_pre_hook(self.listen), o.register_forward_hook(self.leave, always_call=True))]
         return self
 
     def __exit__(self, *error):

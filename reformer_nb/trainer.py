@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['train_step', 'training_state', 'load_training_state', 'RunStore', 'stop_signals', 'make_accelerator', 'place',
-           'RunFiles', 'read_metrics', 'check_corpus', 'is_stale', 'status', 'Trainer']
+           'run_identity', 'KeepsCheckpoints', 'RunFiles', 'read_metrics', 'check_corpus', 'is_stale', 'status',
+           'Steps', 'Trainer']
 
 # %% ../nbs/18b_trainer.ipynb #imports
-import json, math, signal, threading, time, warnings
+import hashlib, json, math, signal, threading, time, warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -35,11 +36,11 @@ def train_step(
     *,
     lr:float, # learning rate of this step
     clip:float=1., # largest norm of the gradient
-    pieces:int=1, # the batch is computed in so many pieces
+    pieces:int=1, # the batch is computed in so many pieces, at most one for each sequence
 )->float: # loss before the step, in nats, mean over all processes
     "Lower the loss of a batch once"
     for group in opt.param_groups: group['lr'] = lr
-    parts,total = batch.chunk(pieces),0.
+    parts,total = batch.tensor_split(pieces),0.
     for i,part in enumerate(parts):
         last = i==len(parts)-1
         with nullcontext() if last else accelerator.no_sync(net):
@@ -129,17 +130,19 @@ class RunStore:
         for o in self.steps():   # later ones belong to a run that was given up
             if o not in (*done[-self.keep:], best): self.path(o).unlink()
 
-    def load(self,
-        step:int|None=None, # which; None takes the newest that is intact
-    )->tuple: # step, {name: tensor}, record; or None if there is none
-        "Read a checkpoint"
-        for o in reversed(self.steps()) if step is None else [step]:
-            try: tensors,metadata = read_weights(self.path(o))
-            except (ValueError, OSError) as e:
-                warnings.warn(f'{e}; going back to the checkpoint before', stacklevel=2)
-                continue
-            if fingerprint(metadata['config'], tensors)==metadata['sha256']: return o,tensors,json.loads(metadata['config'])
-            warnings.warn(f'{self.path(o)} is damaged (its SHA-256 is another); going back to the checkpoint before', stacklevel=2)
+    def read(self,
+        step:int, # steps that were done
+    )->tuple: # {name: tensor}, record
+        "Read a checkpoint, and refuse one that is damaged"
+        tensors,metadata = read_weights(self.path(step))
+        if fingerprint(metadata['config'], tensors)==metadata['sha256']: return tensors,json.loads(metadata['config'])
+        raise ValueError(f'{self.path(step)} is damaged (its SHA-256 is another); remove it')
+
+    def newest(self)->tuple: # step, {name: tensor}, record; or None if there is none
+        "Read the newest checkpoint that is intact"
+        for step in reversed(self.steps()):
+            try: return step,*self.read(step)
+            except (ValueError, OSError) as e: warnings.warn(f'{e}; going back to the checkpoint before', stacklevel=2)
         return None
 
 # %% ../nbs/18b_trainer.ipynb #stop-signals
@@ -163,10 +166,14 @@ def make_accelerator(
 )->Accelerator:
     "Devices, processes and precision of a run"
     uneven = bool(getattr(model, 'config', {}).get('layer_dropout'))
-    res = Accelerator(cpu=not torch.accelerator.is_available(),   # said, or several processes on CPUs do not find each other
-                      mixed_precision=settings.precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=uneven)])
-    if settings.batch_size%res.num_processes:
-        raise ValueError(f'batch_size={settings.batch_size} does not share out among {res.num_processes} processes; make it a multiple')
+    options = dict(mixed_precision=settings.precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=uneven)])
+    try: res = Accelerator(cpu=not torch.accelerator.is_available(), **options)   # said, or several processes on CPUs do not find each other
+    except ValueError as e:
+        if 'already' not in str(e): raise
+        raise ValueError(f'precision={settings.precision!r} is another than that of an earlier run in this process; start a new process') from None
+    k,rest = divmod(settings.batch_size, res.num_processes)
+    if rest: raise ValueError(f'batch_size={settings.batch_size} does not share out among {res.num_processes} processes; make it a multiple')
+    if settings.pieces>k: raise ValueError(f'pieces={settings.pieces} is more than the {k} sequences of a process; make it at most {k}')
     return res
 
 # %% ../nbs/18b_trainer.ipynb #place
@@ -182,29 +189,35 @@ def place(
     fully_shard(net.to(accelerator.device))   # at the root: parameters of a reversible stack are inputs of one operation
     return net,accelerator.prepare(make_optimizer(model, settings))
 
-# %% ../nbs/18b_trainer.ipynb #run-files
-class RunFiles:
-    "The files of a run; a subclass sets `model`, `opt`, `accelerator`, `corpus`, `settings`, `out`, `store` and what `save` names"
-    def identity(self)->dict: # what must not change when a run is resumed
-        "Model, data and order of the data"
-        s,c = self.settings,self.corpus
-        return dict(model=json.loads(encode_config(self.model)), corpus=[c.name, len(c.train), len(c.valid)], seed=s.seed,
-                    batch_size=s.batch_size, seq_len=s.seq_len, optimizer=s.optimizer)
+# %% ../nbs/18b_trainer.ipynb #run-identity
+def run_identity(
+    model:nn.Module, # what is trained
+    corpus:Corpus, # on what
+    settings:TrainSettings, # how
+)->dict: # what must not change when a run is resumed; rates and limits may
+    "Model, data, order of the data, optimizer and precision"
+    s,c = settings,corpus
+    texts = [hashlib.sha256(o.numpy()).hexdigest()[:16] for o in (c.train, c.valid)]
+    return dict(model=json.loads(encode_config(model)), corpus=[c.name, *texts], seed=s.seed, batch_size=s.batch_size,
+                seq_len=s.seq_len, pieces=s.pieces, optimizer=s.optimizer, precision=s.precision)
 
+# %% ../nbs/18b_trainer.ipynb #keeps-checkpoints
+class KeepsCheckpoints:
+    "Checkpoints of a run; the class has `model`, `opt`, `accelerator`, `corpus`, `settings`, `out` and `store`"
     def save(self)->None:
         "Write a checkpoint of this moment"
         tensors,record = training_state(self.model, self.opt, self.accelerator)
         if self.accelerator.is_main_process:
-            record |= dict(run=self.identity(), seconds=self.seconds, best=self.best)
+            record |= dict(run=run_identity(self.model, self.corpus, self.settings), seconds=self.seconds, best=self.best)
             self.store.save(self.step, tensors, record, best=self.best and self.best['step'])
         self.accelerator.wait_for_everyone()
 
     def resume(self)->bool: # whether there was a checkpoint
         "Go back to the newest intact checkpoint"
-        found = self.store.load()
+        found = self.store.newest()
         if found is None: return False
         self.step,tensors,record = found
-        mine = self.identity()
+        mine = run_identity(self.model, self.corpus, self.settings)
         for k,o in record['run'].items():
             if o!=mine[k]: raise ValueError(f'{self.out} holds a run with {k}={o}, this one has {mine[k]}; choose another folder, or resume with the same')
         load_training_state(self.model, self.opt, self.accelerator, tensors, record)
@@ -212,11 +225,15 @@ class RunFiles:
         self.history = read_metrics(self.out/'metrics.jsonl', self.step)
         return True
 
+# %% ../nbs/18b_trainer.ipynb #run-files
+class RunFiles(KeepsCheckpoints):
+    "The other files of a run"
     def open(self,
         resume:bool, # go on with the run in `out`, if there is one
     )->None:
         "Go back to the newest checkpoint, or begin in a folder that holds none"
         if not (resume and self.resume()) and self.store.steps():
+            if resume: raise ValueError(f'{self.out} holds no intact checkpoint; remove {self.store.directory} to begin again, or choose another folder')
             raise ValueError(f'{self.out} holds a run; choose another folder, or go on with it by resume=True (--resume)')
         lines = ''.join(json.dumps(o)+'\n' for o in self.history)
         if self.accelerator.is_main_process: write_atomic(self.out/'metrics.jsonl', lambda path: path.write_text(lines, encoding='utf-8'))
@@ -229,14 +246,15 @@ class RunFiles:
         with open(self.out/'metrics.jsonl', 'a', encoding='utf-8') as f: f.write(json.dumps(record)+'\n')
 
     def finish(self)->None:
-        "Write a last checkpoint, the model, and the settings of the run"
+        "Write a last checkpoint, the model of the best evaluation or else of this moment, and the settings"
         self.save()
-        weights,_ = get_state_dict(self.model, self.opt, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
         if not self.accelerator.is_main_process: return
-        with torch.random.fork_rng(devices=[]): whole = type(self.model)(**self.model.config)
-        for k,o in whole.named_parameters(): o.data = o.data.to(weights[k].dtype)
-        whole.load_state_dict(weights)
-        save_pretrained(whole, self.out)
+        tensors,_ = self.store.read(self.best['step'] if self.best else self.step)
+        weights = {k.removeprefix('model.'): o for k,o in tensors.items() if k.startswith('model.')}
+        with torch.random.fork_rng(devices=[]): model = type(self.model)(**self.model.config)
+        for k,o in model.named_parameters(): o.data = o.data.to(weights[k].dtype)
+        model.load_state_dict(weights)
+        save_pretrained(model, self.out)
         record = dict(corpus=self.corpus.name, settings=asdict(self.settings), steps=self.step, interrupted=self.interrupted, best=self.best)
         write_atomic(self.out/'training.json', lambda path: path.write_text(json.dumps(record)+'\n', encoding='utf-8'))
 
@@ -283,53 +301,9 @@ def status(
     bits = sum(o['bits_per_byte'] for o in recent)/len(recent)
     return f'{bits:.2f} bits/byte, {len(recent)*s.batch_size*s.seq_len/max(seconds, 1e-3):,.0f} tokens/s'
 
-# %% ../nbs/18b_trainer.ipynb #trainer
-class Trainer(RunFiles):
-    "Trains a language model on a corpus; may be stopped, and resumed, at any moment"
-    def __init__(self,
-        model:nn.Module, # a causal `ReformerLM` over bytes
-        corpus:Corpus, # what to learn from
-        settings:TrainSettings, # how
-        *,
-        out:str|Path|None=None, # folder of the run; None writes nothing
-        show:bool=True, # a progress bar
-    ):
-        check_corpus(corpus, settings)
-        if out: encode_config(model)   # refuses what could not be saved
-        self.model,self.corpus,self.settings,self.out,self.show = model,corpus,settings,out and Path(out),show
-        self.accelerator = make_accelerator(model, settings)
-        self.net,self.opt = place(model, settings, self.accelerator)
-        self.store = self.out and RunStore(self.out/'checkpoints', settings.keep)
-        self.step,self.seconds,self.best = 0,0.,None   # steps that were done, their time, {'step', 'bits_per_byte'} of the best evaluation
-        self.history,self.interrupted = [],False   # a record for each step; whether a signal ended the run
-
-    def fit(self,
-        resume:bool=False, # go on from the newest checkpoint in `out`, if there is one
-    )->list: # of records: step, seconds, bits_per_byte, and valid where it was evaluated
-        "Train until the end of the run, or until a signal, then save"
-        if self.out: self.open(resume)
-        s = self.settings
-        self.net.train()
-        with stop_signals() as asked, tqdm(total=s.steps, initial=self.step, disable=not self.show, unit=' steps', mininterval=.5) as bar:
-            start = time.monotonic()-self.seconds
-            while not self.ended(asked):
-                self.one_step(start)
-                bar.update()
-                bar.set_postfix_str(status(self.history, s), refresh=False)
-        if self.out and self.step: self.finish()
-        return self.history
-
-    def ended(self,
-        asked:list, # signals that came
-    )->bool:
-        "Whether steps or minutes are up, the model no longer improves, or a signal came; all processes agree"
-        a = self.accelerator
-        if a.num_processes>1: self.seconds = a.gather(torch.tensor([self.seconds], device=a.device)).max().item()
-        over,stopped = self.progress()>=1 or is_stale(self.step, self.best, self.settings),bool(asked)
-        if a.num_processes>1: stopped = bool(a.gather(torch.tensor([stopped], device=a.device)).any())
-        self.interrupted = stopped and not over
-        return over or stopped
-
+# %% ../nbs/18b_trainer.ipynb #steps
+class Steps(RunFiles):
+    "One step, and what is due after it"
     def progress(self)->float: # 1 or more ends the run
         "The share of the run that is done: of its steps or of its time, whichever is further"
         s = self.settings
@@ -357,3 +331,51 @@ class Trainer(RunFiles):
         bits = bits_per_byte(self.accelerator.unwrap_model(self.net), self.corpus.valid, s.seq_len, most=s.eval_windows)
         if self.best is None or bits<self.best['bits_per_byte']: self.best = dict(step=self.step, bits_per_byte=bits)
         return bits
+
+# %% ../nbs/18b_trainer.ipynb #trainer
+class Trainer(Steps):
+    "Trains a language model on a corpus; may be stopped, and resumed, at any moment"
+    def __init__(self,
+        model:nn.Module, # a causal `ReformerLM` over bytes
+        corpus:Corpus, # what to learn from
+        settings:TrainSettings, # how
+        *,
+        out:str|Path|None=None, # folder of the run; None writes nothing
+        show:bool=True, # a progress bar
+    ):
+        check_corpus(corpus, settings)
+        if out: encode_config(model)   # refuses what could not be saved
+        self.model,self.corpus,self.settings,self.out,self.show = model,corpus,settings,out and Path(out),show
+        self.accelerator = make_accelerator(model, settings)
+        self.net,self.opt = place(model, settings, self.accelerator)
+        self.store = self.out and RunStore(self.out/'checkpoints', settings.keep)
+        self.step,self.seconds,self.best = 0,0.,None   # steps that were done, their time, {'step', 'bits_per_byte'} of the best evaluation
+        self.history,self.interrupted = [],False   # a record for each step; whether a signal ended the run
+
+    def ended(self,
+        asked:list, # signals that came
+    )->bool:
+        "Whether steps or minutes are up, the model no longer improves, or a signal came; all processes agree"
+        a = self.accelerator
+        if a.num_processes>1: self.seconds = a.gather(torch.tensor([self.seconds], device=a.device)).max().item()
+        over,stopped = self.progress()>=1 or is_stale(self.step, self.best, self.settings),bool(asked)
+        if a.num_processes>1: stopped = bool(a.gather(torch.tensor([stopped], device=a.device)).any())
+        self.interrupted = stopped and not over
+        return over or stopped
+
+    def fit(self,
+        resume:bool=False, # go on from the newest checkpoint in `out`, if there is one
+    )->list: # of records: step, seconds, bits_per_byte, and valid where it was evaluated
+        "Train until the end of the run, or until a signal, then save"
+        if resume and not self.out: raise ValueError('resume=True goes on with the run in out, which is None; pass out, the folder of the run')
+        if self.out: self.open(resume)
+        s = self.settings
+        self.net.train()
+        with stop_signals() as asked, tqdm(total=s.steps, initial=self.step, disable=not self.show, unit=' steps', mininterval=.5) as bar:
+            start = time.monotonic()-self.seconds
+            while not self.ended(asked):
+                self.one_step(start)
+                bar.update()
+                bar.set_postfix_str(status(self.history, s), refresh=False)
+        if self.out and self.step: self.finish()
+        return self.history

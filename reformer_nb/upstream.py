@@ -112,8 +112,9 @@ def upstream_numerics(
 )->dict: # further keywords
     "What reformer_pytorch always does, as options of ours"
     heads,dim_head = options.get('heads', 8),options.get('dim_head', 64 if issubclass(cls, ReformerLM) else None)
-    width = dim_head or options['dim']//heads
-    return dict(scale=width**-.5, look_back='rounds', local_pos_emb=False, local_memory=False)
+    res = dict(look_back='rounds', local_pos_emb=False, local_memory=False)
+    try: return dict(res, scale=(dim_head or options['dim']//heads)**-.5)
+    except (TypeError, KeyError, ArithmeticError): return res   # sizes of no sense, which the constructor refuses
 
 # %% ../nbs/16b_upstream.ipynb #numerics-enc-dec
 def upstream_options(
