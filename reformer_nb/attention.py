@@ -278,6 +278,7 @@ def lsh_attention_oracle(
     check_int('bucket_size', bucket_size)
     check_choice('look_back', look_back, look_backs)
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
+    if buckets.is_floating_point(): raise TypeError(f'buckets are {buckets.dtype}, not integers; use buckets.long()')
     if mask is not None:
         buckets = buckets.masked_fill(~rearrange(mask, 'b n -> b 1 1 n'), torch.iinfo(buckets.dtype).max)
     qk = zero_padding(qk, mask)

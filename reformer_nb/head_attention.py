@@ -77,14 +77,16 @@ def attend_by_length(
     backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
     "LSH attention of long rows, full attention of short ones"
-    common = dict(query_len=query_len, causal=causal, scale=scale, dropout=dropout)
-    masks = dict(mask=mask, key_mask=key_mask, attn_mask=attn_mask)
+    common,masks = dict(query_len=query_len, causal=causal, scale=scale, dropout=dropout),dict(mask=mask, key_mask=key_mask, attn_mask=attn_mask)
     if buckets is None: return full_attention(qk, v, **masks, **common)
-    out = lsh_attention(qk, v, buckets, bucket_size=bucket_size, look_back=look_back, attend_across_buckets=attend_across_buckets,
-                        allow_duplicate_attention=allow_duplicate_attention, backend=backend, **masks, **common)
-    if mask is None or not (short := mask.sum(-1)<=full_attn_thres).any(): return out
-    masks = {k: o if o is None else o[short] for k,o in masks.items()}
-    return out.index_put((short,), attend_short_rows(qk[short], v[short], length=full_attn_thres, **masks, **common))
+    lsh = partial(lsh_attention, bucket_size=bucket_size, look_back=look_back, attend_across_buckets=attend_across_buckets,
+                  allow_duplicate_attention=allow_duplicate_attention, backend=backend, **common)
+    if mask is None or not (short := mask.sum(-1)<=full_attn_thres).any(): return lsh(qk, v, buckets, **masks)
+    def rows(which): return {k: o if o is None else o[which] for k,o in masks.items()}
+    out = attend_short_rows(qk[short], v[short], length=full_attn_thres, **rows(short), **common)
+    if short.all(): return out
+    long = lsh(qk[~short], v[~short], buckets[~short], **rows(~short))
+    return out.new_zeros(len(qk), *out.shape[1:]).index_put((short,), out).index_put((~short,), long)
 
 # %% ../nbs/05b_head_attention.ipynb #weights-by-length
 def weights_by_length(

@@ -227,6 +227,7 @@ def lsh_attention(
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
     "Attention of each query to the keys of its chunk and of the chunk before it, in all hash rounds"
     check_lsh_inputs(qk, v, buckets, bucket_size)
+    check_rate('dropout', dropout)
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
     if choose_fused(backend, qk.device):
         from reformer_nb.fused import fused_lsh_attention   # of a later notebook

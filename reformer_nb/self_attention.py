@@ -92,7 +92,7 @@ def join_masks(
 )->dict: # mask (b, n+m+c), key_mask (b, n+m+c) and attn_mask (b, n, n+m+c), each bool, or None where nothing is hidden
     "The masks of the text and of the context, for the sequence that `join_sequence` makes"
     if keys is None and context_mask is not None: raise ValueError('context_mask needs a context; pass keys=..., or leave context_mask out')
-    if keys is None and context_only: raise ValueError('context_only=True leaves nothing to see without a context; pass keys=...')
+    if keys is None and context_only: raise ValueError('context_only=True needs a context; pass keys=...')
     (b,n,_),c = x.shape,0 if keys is None else keys.shape[1]
     total,mask,attn_mask = n+n_memory+c,None,None
     if input_mask is not None or context_mask is not None:
@@ -218,6 +218,7 @@ class StatefulSelfAttention(LocalHeads):
     )->tuple: # output (b, n, e), and the buckets, or None if no row was hashed
         "`forward` that also returns the buckets, or reuses them"
         n,k,first = x.shape[1],self.n_local_attn_heads,buckets is None
+        check_width('x', x, self.toqk.in_features)
         qk,v = self.split_heads(join_sequence(x, self.mem_kv, keys))
         masks = join_masks(x, qk.shape[2]-n-(0 if keys is None else keys.shape[1]), keys, input_mask=input_mask, context_mask=context_mask,
                            input_attn_mask=input_attn_mask, context_only=self.context_only)
@@ -274,14 +275,14 @@ class LSHSelfAttention(UpstreamWeights, StatefulSelfAttention):
         n_hashes:int=8, # hash rounds
         causal:bool=False, # hide later positions
         dim_head:int|None=None, # width of a head; None means dim // heads
-        attn_chunks:int|None=1, # pieces that the heads of all rows are computed in, one after the other; None means 1
+        attn_chunks:int|None=1, # pieces that hashed heads are computed in, one after the other; fused attention needs none; None means 1
         random_rotations_per_head:bool=False, # True: each head has rotations of its own
         attend_across_buckets:bool=True, # False: only keys of the same bucket
         allow_duplicate_attention:bool=True, # False: a key met in several rounds counts once
         num_mem_kv:int=0, # learned vectors that every token may attend to
         one_value_head:bool=False, # all heads share one projection of values
         use_full_attn:bool=False, # full attention at every length
-        full_attn_thres:int|None=None, # full attention for rows of up to this many tokens; None means bucket_size
+        full_attn_thres:int|None=None, # full attention for rows of up to this many keys (tokens, memory and context); None means bucket_size
         return_attn:bool=False, # give the weights to `callback` too; costs quadratic memory
         post_attn_dropout:float=0., # share of the output that is zeroed in training
         dropout:float=0., # share of the attention weights that are zeroed in training
