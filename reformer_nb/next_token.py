@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import Config, accept_names, as_mask, upcast
-from .cross_attention import compute_in_blocks
+from .replay import compute_in_blocks
 
 # %% ../nbs/10b_next_token.ipynb #as-tokens
 def as_tokens(

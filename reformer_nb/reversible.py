@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from .core import check_int, check_rate, upcast
-from .replay import (autocast_settings, check_arguments, check_leaves, check_output, check_state, coarsest, drift,
-                                replay_autocast, replay_modes, replay_rng, rng_state, same_rng_state, sample, save_nothing,
-                                watch_buffers)
+from .replay import (Circumstances, check_arguments, check_leaves, check_output, check_state, coarsest, drift,
+                                named_weights, rng_state, same_rng_state, sample, save_nothing, watch_buffers)
 
 # %% ../nbs/08_reversible.ipynb #add-exactly
 def add_exactly(
@@ -52,10 +51,6 @@ class Branch(nn.Module):
         check_state(state, self.name)
         return out,state
 
-    def weights(self)->dict: # names and tensors
-        "What gradients are computed for: parameters, and buffers that want one"
-        return dict(self.named_parameters()) | {k: o for k,o in self.named_buffers() if o.requires_grad}
-
 # %% ../nbs/08_reversible.ipynb #route
 def route(
     arg_route:tuple, # whether F, and whether G, gets them
@@ -82,13 +77,13 @@ class Call:
         self.constants = [{k: v for k,v in o.items() if not isinstance(v, Tensor)} for o in (f_args,g_args)]
         self.tensors = [(to, k) for to,o in enumerate((f_args,g_args)) for k,v in o.items() if isinstance(v, Tensor)]
         place = {o: i for i,o in enumerate(self.weights(), start=len(self.tensors))}
-        self.places = [{k: place[o] for k,o in branch.weights().items()} for branch in self.branches]   # of weights, among the inputs
-        self.device,self.dtype,self.autocast,self.send_signal = x.device,x.dtype,autocast_settings(x.device),send_signal
-        self.modes,self.rng,self.samples = [[(o, o.training) for o in branch.modules()] for branch in self.branches],[],[]
+        self.places = [{k: place[o] for k,o in named_weights(branch).items()} for branch in self.branches]   # of weights, among the inputs
+        self.device,self.dtype,self.send_signal = x.device,x.dtype,send_signal
+        self.then,self.samples = [],[]   # circumstances before each branch, and in the end; samples of outputs
 
     def weights(self)->list: # of tensors
         "The weights of all branches, each once"
-        return list(dict.fromkeys(o for branch in self.branches for o in branch.weights().values()))
+        return list(dict.fromkeys(o for branch in self.branches for o in named_weights(branch).values()))
 
     def args(self,
         k:int, # index of the branch
@@ -128,10 +123,10 @@ def recompute(
     "Run a branch once more, under the circumstances of the first time"
     state,replace = kept['state'],{name: o.clone() for name,o in kept.items() if name!='state'}
     replace.update((name, leaves[i]) for name,i in call.places[k].items())
-    with torch.enable_grad(), replay_autocast(call.autocast), replay_modes(call.modes[k]), replay_rng(call.rng[k], call.device):
+    with torch.enable_grad(), call.then[k].replay():
         out,_ = run_branch(call, k, x, leaves, state, replace=replace)
         end = rng_state(call.device)
-    if same_rng_state(end, call.rng[k+1]) or state is not None and same_rng_state(end, call.rng[k]): return out
+    if same_rng_state(end, call.then[k+1].rng) or state is not None and same_rng_state(end, call.then[k].rng): return out
     raise RuntimeError(f'{call.branches[k].name} drew other random numbers when it was recomputed; draw as many in each call, '
                        'and let with_state draw again what it drew for a state that it is given')
 
@@ -156,20 +151,20 @@ def branch_grads(
 
 # %% ../nbs/08_reversible.ipynb #run-forward
 def run_forward(
-    call:Call, # the pass through the stack; gets random states and samples
+    call:Call, # the pass through the stack; gets circumstances and samples
     streams:tuple, # x1 and x2, both (b, n, e)
     inputs:list, # tensor arguments and weights
 )->tuple: # y1 and y2, each with its rest, and for each branch a dict of what must not be computed twice
     "Run the stack by eq. 8, and keep no activations"
     streams,kept = [(o, torch.zeros_like(o)) for o in streams],[]
     for k,branch in enumerate(call.branches):
-        call.rng.append(rng_state(call.device))
+        call.then.append(Circumstances(branch, call.device))
         with watch_buffers(branch) as buffers, torch.enable_grad(), save_nothing():
             out,state = run_branch(call, k, streams[1-k%2][0].detach().requires_grad_(), inputs)
         streams[k%2] = add_exactly(streams[k%2], out.detach())
         call.samples.append(sample(out))
         kept.append({'state': state, **buffers})
-    call.rng.append(rng_state(call.device))
+    call.then.append(Circumstances(branch, call.device))
     return streams,kept
 
 # %% ../nbs/08_reversible.ipynb #run-backward
@@ -182,7 +177,7 @@ def run_backward(
 )->tuple: # x1 and x2, each with its rest, their gradients, gradients of the leaves (None where there is none), and a drift for each branch
     "Undo one branch at a time, and collect gradients"
     streams,d_streams,d_leaves,drifts = list(streams),list(d_streams),[None]*len(leaves),[]
-    precision = coarsest(call.dtype, call.autocast)
+    precision = coarsest(call.dtype, call.then[0].autocast)
     for k in reversed(range(len(call.branches))):
         to = k%2   # the stream that the branch has added to
         x = streams[1-to][0]

@@ -4,6 +4,7 @@ from itertools import product
 import pytest, torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 from grids import sample
 from reformer_nb.feed_forward import Chunk, FeedForward, PreNorm, ProductKeyMemory, ReZero, ScaleNorm, best_pairs, in_pieces
 from reformer_nb.reversible import ReversibleSequence
@@ -87,6 +88,73 @@ def test_chunk_without_gradients_is_called_plainly():
     fn.register_forward_hook(lambda *_: calls.append(1))
     with torch.no_grad(): out = Chunk(3, fn)(data(2, 13, 6))
     assert len(calls)==3 and out.grad_fn is None
+
+class Hidden(nn.Linear):
+    "A second weight that is not registered"
+    def __init__(self): super().__init__(6, 6); self.scales = [nn.Parameter(torch.ones(6, dtype=torch.float64))]
+    def forward(self, x): return super().forward(x) * self.scales[0]
+
+class Counter(nn.Module):
+    "Its output depends on how often it was called, by a buffer"
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place,self.weight = in_place,nn.Parameter(torch.ones(6))
+        self.register_buffer('count', torch.zeros(()))
+    def forward(self, x):
+        if self.in_place: self.count += 1
+        else: self.count = self.count + 1
+        return x.sin() * self.weight * self.count
+
+class Learned(nn.Linear):
+    "A buffer that wants a gradient"
+    def __init__(self): super().__init__(6, 6); self.register_buffer('scale', torch.ones(6, dtype=torch.float64, requires_grad=True))
+    def forward(self, x): return super().forward(x) * self.scale
+
+class Constant(nn.Module):
+    "Its output does not depend on its input"
+    def forward(self, x): return torch.ones_like(x)
+
+def in_stack(fn, reverse_thres=0):
+    "A reversible block with `fn` for its F, called with both streams equal"
+    stack = ReversibleSequence([[fn, nn.Identity()]], reverse_thres=reverse_thres).double()
+    return lambda x: stack(torch.cat([x, x], -1))
+
+places = pytest.mark.parametrize('place', (lambda fn: fn, in_stack, lambda fn: Chunk(2, fn)), ids=('alone', 'in a stack', 'nested'))
+
+@places
+@pytest.mark.parametrize('want', (True, False))
+def test_chunk_refuses_hidden_weights(place, want):
+    "A weight in a plain list would get no gradient"
+    run = place(Chunk(3, Hidden().double()))
+    with pytest.raises(RuntimeError, match=r'Hidden uses a tensor \(6,\) that requires a gradient and would get none'):
+        run(data(2, 13, 6).requires_grad_(want)).sum().backward()
+
+@places
+@pytest.mark.parametrize('in_place', (True, False))
+def test_chunk_buffers_that_change(place, in_place):
+    "The second computation starts from the buffers of the first, and leaves the module's own alone"
+    found = []
+    for cls,fn in ((Chunk, Counter(in_place).double()), (Pieces, Counter(False).double())):   # autograd alone refuses the change in place
+        found.append([*gradients(place(cls(3, fn)), data(2, 13, 6).requires_grad_(), [fn.weight]), fn.count])
+    for a,b in zip(*found): same(a, b, 1e-12)
+
+@places
+def test_chunk_buffers_that_learn(place):
+    found = []
+    for cls in (Chunk, Pieces):
+        torch.manual_seed(0)
+        fn,x = Learned().double(),data(2, 13, 6).requires_grad_()
+        found.append(gradients(place(cls(3, fn)), x, [*fn.parameters(), fn.scale]))
+    for a,b in zip(*found): same(a, b, 1e-12)
+
+def test_chunk_of_a_constant():
+    x = data(2, 13, 6).requires_grad_()
+    assert gradients(Chunk(3, Constant()), x, [])[1].abs().max()==0
+
+def test_chunk_inside_a_checkpoint():
+    fn,x = layer(dropout=.4),data(2, 13, 6).requires_grad_()
+    found = [gradients(lambda x, cls=cls: checkpoint(cls(3, fn), x, use_reentrant=False), x, [*fn.parameters()]) for cls in (Chunk, Pieces)]
+    for a,b in zip(*found): same(a, b, 1e-13)
 
 @pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float16))
 def test_chunk_autocast(dtype):
