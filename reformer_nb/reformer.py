@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['old_names', 'old_arguments', 'check_input', 'TwoStreams', 'attention_layer', 'feed_forward_layer', 'memory_layer',
-           'cross_layer', 'wrap_layer', 'memory_blocks', 'check_options', 'reversible_blocks', 'arguments_of_g',
-           'Pretrained', 'Reformer', 'Autopadder']
+           'cross_layer', 'wrap_layer', 'memory_blocks', 'check_values', 'check_options', 'reversible_blocks',
+           'arguments_of_g', 'Pretrained', 'Reformer', 'Autopadder']
 
 # %% ../nbs/10_reformer.ipynb #imports
+from collections.abc import Iterable
 from pathlib import Path
 from torch import Tensor, nn
-from .core import Config, accept_names, check_int
+from .core import Config, accept_names, check_int, check_rate
 from .cross_attention import CrossAttention, DecoderAttention, check_context, hide_padding
 from .feed_forward import Chunk, FeedForward, PreNorm, ProductKeyMemory, ReZero, ScaleNorm
 from .reversible import ReversibleSequence
@@ -111,26 +112,38 @@ def memory_blocks(
 )->tuple: # of int
     "Numbers of the blocks, from 1, that have a memory in place of the feed-forward layer"
     given,depth = config['pkm_layers'],config['depth']
+    if not isinstance(given, (int, Iterable)): raise TypeError(f'pkm_layers={given!r} must be numbers of blocks; pass them as a tuple, for example (2, 5)')
     numbers = (given,) if isinstance(given, int) else tuple(given)
     for o in numbers:
         check_int('a number in pkm_layers', o)
         if o>depth: raise ValueError(f'pkm_layers={given} names block {o}, but depth={depth}; blocks are counted from 1')
     return numbers
 
+# %% ../nbs/10_reformer.ipynb #check-values
+def check_values(
+    config:Config, # arguments of a Reformer
+)->None:
+    "Refuse values of no sense of arguments that the parts know by other names"
+    for k in ('depth', 'ff_mult', 'ff_chunks'): check_int(k, config[k])
+    for k in ('lsh_dropout', 'ff_dropout', 'post_attn_dropout'): check_rate(k, config[k])
+    if memory_blocks(config): check_int('pkm_num_keys', config['pkm_num_keys'], least=32)
+    if not (config['rehash_each_round'] or config['lsh_allow_duplicate_attention']):
+        raise ValueError('rehash_each_round=False needs lsh_allow_duplicate_attention=True; set one of them to True')
+
 # %% ../nbs/10_reformer.ipynb #check-options
 def check_options(
     config:Config, # arguments of a Reformer
 )->None:
-    "Refuse arguments that would do nothing beside others"
-    check_int('depth', config['depth'])
-    idle = []
+    "Refuse values of no sense, and arguments that would do nothing beside others"
+    check_values(config)
+    given,idle = {**config, 'pkm_layers': memory_blocks(config)},[]
     if config['use_rezero']: idle += [('use_scale_norm', False, 'use_rezero=True, which has no norm')]
     if config['twin_attention']: idle += [(k, o, 'twin_attention=True, which has no feed-forward layers')
         for k,o in dict(pkm_layers=(), ff_mult=4, ff_glu=False, ff_dropout=0., ff_activation=None).items()]
-    if not memory_blocks(config): idle += [('pkm_num_keys', 128, 'pkm_layers=(), without a memory')]
+    if not given['pkm_layers']: idle += [('pkm_num_keys', 128, 'pkm_layers=(), without a memory')]
     if not config['cross_attention']: idle += [('context_dim', None, 'cross_attention=False, where keys have the width of the model')]
     for name,default,because in idle:
-        if config[name]!=default: raise ValueError(f'{name}={config[name]!r} does nothing beside {because}; leave one of them out')
+        if given[name]!=default: raise ValueError(f'{name}={config[name]!r} does nothing beside {because}; leave one of them out')
 
 # %% ../nbs/10_reformer.ipynb #reversible-blocks
 def reversible_blocks(
@@ -194,7 +207,7 @@ class Reformer(UpstreamWeights, TwoStreams, Pretrained):
         bucket_size:int=64, # chunk length, and how many tokens a bucket holds on average
         n_hashes:int=8, # hash rounds
         ff_chunks:int=1, # pieces in which feed-forward layers are computed
-        attn_chunks:int|None=None, # pieces, of batch times heads, in which attention is computed; None means 1
+        attn_chunks:int|None=None, # pieces, of batch times heads, for attention that keeps its weights: full, or backend='reference'; None means 1
         causal:bool=False, # hide later positions
         weight_tie:bool=False, # all blocks share their layers, except for norms
         lsh_dropout:float=0., # share of the attention weights that are zeroed in training
