@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from .attention import check_masks, zero_padding
-from .core import check_choice, check_rate, pad_to_multiple, upcast
+from .core import check_choice, check_rate, mask_value, pad_to_multiple, upcast
 from .lsh import check_lsh_inputs, real_tokens
 from .sorting import look_backs, sort_by_bucket
 from .strips import (Block, Rules, Strip, barrier, drop_limit, kept_by_key, key_table, number_places, penalties, query_table,
@@ -188,10 +188,12 @@ def backward_strip(
     grad:Tensor, # (h, query_len, e) gradient of the output, float32 or better
     out:Tensor, # (h, query_len, e) the output
     lse:Tensor, # (h, n) the log-sum-exp
+    lse_grad:Tensor|None=None, # (h, n) gradient of the log-sum-exp, in base 2 as that is
 )->tuple: # gradients of qk (h, n, d) and of v (h, n, e)
     "Gradients of some heads of a sequence"
     (_,gain),scale,keys_only = drop_limit(strip.rules.dropout),strip.rules.scale,strip.n-grad.shape[1]
     grad,delta = F.pad(grad, (0,0,0,keys_only)),F.pad((grad*out).sum(-1), (0,keys_only))
+    if lse_grad is not None: delta = delta - lse_grad/math.log(2)
     k,factor = unit_keys(qk)
     xq = query_table(upcast(qk)*(scale/math.log(2)), lse, grad*gain if generator else grad, delta)
     dq,dk,dv = strip_gradients(strip, xq, key_table(k, v, silent), qk.shape[-1], v.shape[-1], generator)
@@ -281,26 +283,27 @@ class FusedLSH(torch.autograd.Function):
         "Keep inputs and outputs"
         *tensors,ctx.seed,ctx.rules = inputs
         ctx.save_for_backward(*tensors, *output)
-        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
         ctx:object, # of this call
         grad:Tensor|None, # (b, h, query_len, e) gradient of the output
-        _:Tensor|None, # none comes for the log-sum-exp
+        lse_grad:Tensor|None, # (b, h, n) gradient of the log-sum-exp
     )->tuple: # gradients of what `forward` was given
         "Gradients, strip by strip"
-        if grad is None: return (None,)*9
         qk,v,sorted_pos,buckets,mask,key_mask,attn_mask,out,lse = ctx.saved_tensors
+        sources = [o for o in (grad, lse_grad) if o is not None]
         with torch.no_grad():
+            if grad is None: grad = torch.zeros_like(out)
             dqk,dv,given = empty_heads(qk, *qk.shape[2:]),empty_heads(v, *v.shape[2:]),hide_padding(grad, mask)
             generator = torch.Generator(qk.device).manual_seed(ctx.seed) if ctx.rules.dropout else None
             with torch.autocast(qk.device.type, enabled=False):
                 for i,j,strip,silent in make_strips(sorted_pos, buckets, real_tokens(qk, mask), key_mask, attn_mask, ctx.rules, lse.dtype):
-                    dqk[i,j],dv[i,j] = backward_strip(strip, qk[i,j], v[i,j], silent, generator, upcast(given[i,j]), out[i,j], lse[i,j])
+                    dqk[i,j],dv[i,j] = backward_strip(strip, qk[i,j], v[i,j], silent, generator, upcast(given[i,j]), out[i,j], lse[i,j],
+                                                         None if lse_grad is None else lse_grad[i,j])
             dqk,dv = (hide_padding(o, mask) for o in (dqk, dv))
-        if torch.is_grad_enabled(): dqk,dv = OnceOnly.apply(dqk, dv, grad, qk, v)   # create_graph=True
+        if torch.is_grad_enabled(): dqk,dv = OnceOnly.apply(dqk, dv, *sources, qk, v)   # create_graph=True
         return dqk,dv,*(None,)*7
 
 # %% ../nbs/05_fused.ipynb #fused-lsh-attention
@@ -310,7 +313,7 @@ def fused_lsh_attention(
     buckets:Tensor, # (b, h, r, n) integer bucket ids of each round, as `assign_buckets` gives them
     *,
     bucket_size:int=64, # chunk length m
-    causal:bool=False, # hide later positions
+    causal:bool|str=False, # hide later positions; 'strict': see the last m of the own bucket, as `strict_attention` does
     mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
     scale:float=1., # factor of the scores
     dropout:float=0., # share of the weights that are zeroed
@@ -320,7 +323,8 @@ def fused_lsh_attention(
     query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
     key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
     attn_mask:Tensor|None=None, # (b, query_len, n) True or 1 where query i may see key j
-)->Tensor: # (b, h, query_len, e), zeros at masked positions
+    return_lse:bool=False, # also return the log-sum-exp of the scores; `mask_value` where a query sees nobody
+)->Tensor|tuple: # (b, h, query_len, e), zeros at masked positions; or that and (b, h, query_len)
     "`lsh_attention` in memory for its inputs and outputs, several times as fast"
     check_lsh_inputs(qk, v, buckets, bucket_size)
     check_rate('dropout', dropout)
@@ -333,4 +337,6 @@ def fused_lsh_attention(
     rules = Rules(bucket_size, causal, scale, dropout, look_back, attend_across_buckets, allow_duplicate_attention, query_len)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     sorted_pos = sort_by_bucket(buckets)[0].int()
-    return FusedLSH.apply(qk, v, sorted_pos, None if attend_across_buckets else buckets, mask, key_mask, attn_mask, seed, rules)[0]
+    out,lse = FusedLSH.apply(qk, v, sorted_pos, None if attend_across_buckets else buckets, mask, key_mask, attn_mask, seed, rules)
+    if not return_lse: return out
+    return out,(lse*math.log(2)).masked_fill(lse==barrier, mask_value(lse.dtype))[:,:,:query_len]

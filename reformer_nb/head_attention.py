@@ -68,11 +68,11 @@ def attend_by_length(
     key_mask:Tensor|None=None, # (b, n) bool, False where nobody may look
     attn_mask:Tensor|None=None, # (b, query_len, n) bool, True where query i may see key j
     bucket_size:int=64, # chunk length of LSH attention
-    causal:bool=False, # hide later positions
+    causal:bool|str=False, # hide later positions; 'strict': see `lsh_attention`
     scale:float=1., # factor of the scores
     dropout:float=0., # share of the weights that are zeroed
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
-    attend_across_buckets:bool=True, # False: only keys of the same bucket
+    attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
     backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
@@ -98,11 +98,11 @@ def weights_by_length(
     query_len:int|None=None, # the first positions, which ask; None means all n
     key_mask:Tensor|None=None, # (b, n) bool, False where nobody may look
     attn_mask:Tensor|None=None, # (b, query_len, n) bool, True where query i may see key j
-    causal:bool=False, # hide later positions
+    causal:bool|str=False, # hide later positions; 'strict': see `lsh_attention`
     scale:float=1., # factor of the scores
     bucket_size:int=64, # chunk length of LSH attention
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
-    attend_across_buckets:bool=True, # False: only keys of the same bucket
+    attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
 )->Tensor: # (b, h, query_len, n); costs quadratic memory
     "The weights with which `attend_by_length` attends, without dropout"

@@ -188,7 +188,7 @@ class ReformerLM(UpstreamWeights, TokenModel, NextToken, Generative, Pretrained)
         n_hashes:int=4, # hash rounds
         ff_chunks:int=1, # pieces in which feed-forward layers are computed
         attn_chunks:int|None=1, # pieces, of batch times heads, for attention that keeps its weights: full, or backend='reference'; None means 1
-        causal:bool=False, # hide later positions
+        causal:bool|str=False, # hide later positions; 'strict': nor may they decide which earlier ones are seen
         weight_tie:bool=False, # all blocks share their layers, except for norms
         lsh_dropout:float=0., # share of the attention weights that are zeroed in training
         ff_dropout:float=0., # share of the hidden entries that are zeroed in training
@@ -216,7 +216,7 @@ class ReformerLM(UpstreamWeights, TokenModel, NextToken, Generative, Pretrained)
         pkm_layers:int|tuple=(), # numbers, from 1, of blocks with a product-key memory in place of the feed-forward layer
         pkm_num_keys:int=128, # half keys of each kind in such a memory
         *, axial_position_dims:tuple|None=None, # widths of axial vectors that are concatenated; None adds them
-        lsh_attend_across_buckets:bool=True, # False: only keys of the same bucket
+        lsh_attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
         lsh_allow_duplicate_attention:bool=True, # False: a key met in several rounds counts once
         twin_attention:bool=False, # attention in both branches, no feed-forward layers
         cross_attention:bool=False, # the context is looked up by a full attention of its own, behind self-attention

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['backends', 'last_chunk', 'offset_buckets', 'real_ids', 'take_pairs', 'visible_keys', 'attend_chunks', 'merge_rounds',
            'count_equal', 'listed_keys', 'count_repeats', 'check_lsh_inputs', 'real_tokens', 'pad_inputs',
-           'who_sees_whom', 'choose_fused', 'lsh_attention', 'lsh_weights', 'hash_rows', 'HashedAttention',
-           'LSHAttention']
+           'who_sees_whom', 'choose_fused', 'keys_across', 'lsh_attention', 'lsh_weights', 'hash_rows', 'check_strict',
+           'HashedAttention', 'LSHAttention']
 
 # %% ../nbs/04_lsh.ipynb #imports
 import torch
@@ -206,6 +206,22 @@ def choose_fused(
     check_choice('backend', backend, backends)
     return backend=='fused' or backend=='auto' and device.type=='cpu' and not torch.compiler.is_compiling()
 
+# %% ../nbs/04_lsh.ipynb #causal-kind
+def keys_across(
+    causal:bool|str, # False, True or 'strict'
+    look_back:str, # 'none', 'round' or 'rounds'
+    attend_across_buckets:bool|None, # what the user gave
+)->bool: # whether keys of other buckets count
+    "The default of `attend_across_buckets`; refuses what strict causality excludes"
+    check_choice('causal', causal, (False, True, 'strict'))
+    check_choice('look_back', look_back, look_backs)
+    strict = causal=='strict'
+    if strict and attend_across_buckets:
+        raise ValueError("attend_across_buckets=True lets later tokens decide who is seen, which causal='strict' excludes; leave it out, or use causal=True")
+    if strict and look_back!='none':
+        raise ValueError(f"look_back={look_back!r} lets later tokens decide who is seen, which causal='strict' excludes; leave it out, or use causal=True")
+    return not strict if attend_across_buckets is None else attend_across_buckets
+
 # %% ../nbs/04_lsh.ipynb #lsh-attention
 def lsh_attention(
     qk:Tensor, # (b, h, n, d) shared queries and keys
@@ -213,12 +229,12 @@ def lsh_attention(
     buckets:Tensor, # (b, h, r, n) integer bucket ids of each round, as `assign_buckets` gives them
     *,
     bucket_size:int=64, # chunk length m
-    causal:bool=False, # hide later positions
+    causal:bool|str=False, # hide later positions; 'strict': nor may they decide which earlier ones are seen
     mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
     scale:float=1., # factor of the scores
     dropout:float=0., # share of the weights that are zeroed
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
-    attend_across_buckets:bool=True, # False: only keys of the same bucket
+    attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
     query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
     key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
@@ -229,12 +245,15 @@ def lsh_attention(
     check_lsh_inputs(qk, v, buckets, bucket_size)
     check_rate('dropout', dropout)
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
+    attend_across_buckets,m = keys_across(causal, look_back, attend_across_buckets),bucket_size
+    common = dict(mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, bucket_size=m, scale=scale,
+                  dropout=dropout, allow_duplicate_attention=allow_duplicate_attention)
+    if causal=='strict':
+        from reformer_nb.strict import strict_attention   # of a later notebook, like the next
+        return strict_attention(qk, v, buckets, **common, backend=backend)
     if choose_fused(backend, qk.device):
-        from reformer_nb.fused import fused_lsh_attention   # of a later notebook
-        return fused_lsh_attention(qk, v, buckets, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, bucket_size=bucket_size,
-                                   causal=causal, scale=scale, dropout=dropout, look_back=look_back,
-                                   attend_across_buckets=attend_across_buckets, allow_duplicate_attention=allow_duplicate_attention)
-    m = bucket_size
+        from reformer_nb.fused import fused_lsh_attention
+        return fused_lsh_attention(qk, v, buckets, **common, causal=causal, look_back=look_back, attend_across_buckets=attend_across_buckets)
     qk,v,buckets,real = pad_inputs(qk, zero_padding(v, key_mask), buckets, real_tokens(qk, mask), m)
     keys = real if key_mask is None else real & pad_to_multiple(key_mask, m)
 
@@ -256,11 +275,11 @@ def lsh_weights(
     buckets:Tensor, # (b, h, r, n) integer bucket ids of each round
     *,
     bucket_size:int=64, # chunk length m
-    causal:bool=False, # hide later positions
+    causal:bool|str=False, # hide later positions; 'strict': nor may they decide which earlier ones are seen
     mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
     scale:float=1., # factor of the scores
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
-    attend_across_buckets:bool=True, # False: only keys of the same bucket
+    attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
     query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
     key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
@@ -269,6 +288,11 @@ def lsh_weights(
     "The weights that `lsh_attention` gives to all keys, before dropout; takes quadratic memory"
     check_lsh_inputs(qk, qk, buckets, bucket_size)
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
+    attend_across_buckets = keys_across(causal, look_back, attend_across_buckets)
+    if causal=='strict':
+        from reformer_nb.strict import strict_attention_oracle
+        return strict_attention_oracle(qk, qk, buckets, bucket_size=bucket_size, mask=mask, scale=scale, query_len=query_len, key_mask=key_mask,
+                                       attn_mask=attn_mask, allow_duplicate_attention=allow_duplicate_attention, return_weights=True)[1]
     n,m = qk.shape[2],bucket_size
     padded,_,buckets,real = pad_inputs(qk, qk, buckets, real_tokens(qk, mask), m)
     keys = real if key_mask is None else real & pad_to_multiple(key_mask, m)
@@ -295,6 +319,19 @@ def hash_rows(
         hasher.step = step   # all rows belong to one training step
         rows.append(hasher(x[:,None], None if mask is None else mask[i:i+1], layer=i))
     return torch.cat(rows)
+
+# %% ../nbs/04_lsh.ipynb #check-strict
+def check_strict(
+    causal:bool|str, # False, True or 'strict'
+    look_back:str, # 'none', 'round' or 'rounds'
+    attend_across_buckets:bool|None, # what the user gave
+    n_buckets:int|tuple|None, # what the user gave
+)->bool: # whether keys of other buckets count
+    "`keys_across`, for a layer that hashes"
+    if causal=='strict' and n_buckets is None:
+        raise ValueError("causal='strict' needs a number of buckets that does not follow from the length; "
+                         'pass n_buckets, for example the greatest length // bucket_size, made even')
+    return keys_across(causal, look_back, attend_across_buckets)
 
 # %% ../nbs/04_lsh.ipynb #hashed-attention
 class HashedAttention(nn.Module):
@@ -327,9 +364,9 @@ class LSHAttention(HashedAttention):
         dropout:float=0., # share of the attention weights that are zeroed in training
         bucket_size:int=64, # chunk length, and how many tokens a bucket holds on average
         n_hashes:int=8, # hash rounds
-        causal:bool=False, # hide later positions
+        causal:bool|str=False, # hide later positions; 'strict': nor may they decide which earlier ones are seen
         allow_duplicate_attention:bool=True, # False: a key met several times counts once
-        attend_across_buckets:bool=True, # False: only keys of the same bucket
+        attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
         rehash_each_round:bool=True, # False: one rotation, whose `n_hashes` best buckets of a token are the rounds
         drop_for_hash_rate:float=0., # dropout of the vectors before they are hashed, in training
         random_rotations_per_head:bool=False, # True: each row of the batch, a head, has rotations of its own
@@ -344,7 +381,7 @@ class LSHAttention(HashedAttention):
     ):
         super().__init__()
         check_rate('dropout', dropout)
-        check_choice('look_back', look_back, look_backs)
+        across = check_strict(causal, look_back, attend_across_buckets, n_buckets)
         check_choice('backend', backend, backends)
         if not (rehash_each_round or allow_duplicate_attention):
             raise ValueError('rehash_each_round=False and allow_duplicate_attention=False exclude each other; set one of them to True')
@@ -353,4 +390,4 @@ class LSHAttention(HashedAttention):
                                    drop_for_hash_rate=drop_for_hash_rate)
         self.dropout,self.return_attn,self.backend = dropout,return_attn,backend
         self.options = dict(bucket_size=bucket_size, causal=causal, scale=scale, look_back=look_back,
-                            attend_across_buckets=attend_across_buckets, allow_duplicate_attention=allow_duplicate_attention)
+                            attend_across_buckets=across, allow_duplicate_attention=allow_duplicate_attention)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['barrier', 'slot', 'key_table', 'query_table', 'Rules', 'Strip', 'windows', 'Block', 'bucket_runs', 'cells_seen',
-           'cell_tables', 'number_places', 'log_repeats', 'penalties', 'random_bits', 'drop_limit', 'kept_by_key']
+           'cell_tables', 'number_windows', 'number_places', 'log_repeats', 'penalties', 'random_bits', 'drop_limit',
+           'kept_by_key']
 
 # %% ../nbs/04b_strips.ipynb #imports
 from typing import NamedTuple
@@ -57,7 +58,7 @@ def query_table(
 class Rules(NamedTuple):
     "The options of a call"
     bucket_size:int # chunk length m
-    causal:bool # hide later positions
+    causal:bool|str # hide later positions; 'strict': see the last m of the own bucket
     scale:float # factor of the scores
     dropout:float # share of the weights that are zeroed
     look_back:str # what precedes the first chunk: 'none', 'round' or 'rounds'
@@ -177,6 +178,19 @@ def cell_tables(
     if strip.rules.look_back=='rounds': seen[2] = seen[2].roll(-1, dims=1)
     return [F.pad(rearrange(x, 'h r n -> r (h n)'), (0,1), value=-2) for x in seen]
 
+# %% ../nbs/04b_strips.ipynb #number-windows
+def number_windows(
+    strip:Strip, # some heads of one sequence
+    buckets:Tensor, # (h, r, s) bucket ids
+    dtype:torch.dtype, # of the scores
+)->None:
+    "Give a strip what `penalties` compares under strict causality: places, buckets apart"
+    numbers = torch.arange(buckets.shape[-1], device=buckets.device) + strip.m*bucket_runs(strip, buckets)   # (h, r, s)
+    strip.pos = strip.lay_out(*[numbers.to(dtype)]*2, -2)
+    if strip.rules.allow_duplicate_attention: return
+    by_token = rearrange(numbers.gather(-1, strip.undo_sort.long()), 'h r n -> r (h n)')
+    strip.cells = [F.pad(by_token, (0,1), value=-2*strip.m)]
+
 # %% ../nbs/04b_strips.ipynb #place-numbers
 def number_places(
     strip:Strip, # some heads of one sequence
@@ -185,9 +199,10 @@ def number_places(
     dtype:torch.dtype, # of the scores
 )->None:
     "Give a strip what `penalties` compares: positions, buckets, cells, pairs"
-    rules,pos = strip.rules,strip.sorted_pos.to(dtype)
+    rules,pos,strip.attn_mask,strip.runs,strip.cells = strip.rules,strip.sorted_pos.to(dtype),attn_mask,None,None
+    if rules.causal=='strict': return number_windows(strip, buckets, dtype)
     keys = pos.masked_fill(strip.sorted_pos>=rules.query_len, -1) if rules.causal else pos   # -1 is never too late
-    strip.pos,strip.attn_mask,strip.runs,strip.cells = strip.lay_out(pos, keys, -2),attn_mask,None,None
+    strip.pos = strip.lay_out(pos, keys, -2)
     if buckets is None and rules.allow_duplicate_attention: return
     runs = bucket_runs(strip, buckets)
     if not rules.allow_duplicate_attention: strip.cells = cell_tables(strip, runs)
@@ -204,6 +219,9 @@ def log_repeats(
 )->Tensor: # of the shape to which `q` and `k` broadcast
     "Logarithm, to the base 2, of how often each key is shown to each query, all rounds together"
     own,*_ = strip.cells
+    if strip.rules.causal=='strict':
+        apart = (own[r][q]-own[r][k] for r in range(strip.r))
+        return sum(((o>0) & (o<=strip.m)).to(dtype) for o in apart).clamp_(min=1).log2_()
     count = sum((seen[r][q]==own[r][k]).to(dtype) for seen in strip.cells for r in range(strip.r))
     return count.clamp_(min=1).log2_()
 
@@ -216,6 +234,7 @@ def penalties(
     "What each score of a block loses, in units of `barrier`"
     q,k = block.pair(*strip.pos)
     (torch.ge if strip.rules.causal else torch.eq)(k, q, out=out)
+    if strip.rules.causal=='strict': out += (q-k)>strip.m
     if strip.runs is not None:
         q,k = block.pair(*strip.runs)
         out += k!=q
