@@ -226,8 +226,13 @@ class StatefulSelfAttention(LocalHeads):
         context_mask:Tensor|None=None, # (b, c) True or 1 where the context has a real token
         pos_emb:Tensor|None=None, # (n, d/2) or (b, n, d/2) angles of rotary positions
         layer:int=0, # index of the layer: layers that share this module hash differently
+        past:object=None, # a `SegmentCall`: what is remembered of the text so far, if `x` goes on with it
     )->tuple: # output (b, n, e), and the buckets, or None if no row was hashed
         "`forward` that also returns the buckets, or reuses them"
+        if past is not None:
+            if input_attn_mask is not None: raise ValueError('input_attn_mask and a state exclude each other, since earlier keys have no column in it; leave one of them out')
+            from reformer_nb.state import continue_text   # of a later notebook
+            return continue_text(self, x, buckets, past, index=layer, keys=keys, input_mask=input_mask, context_mask=context_mask, pos_emb=pos_emb)
         n,k,first = x.shape[1],self.n_local_attn_heads,buckets is None
         check_width('x', x, self.toqk.in_features)
         qk,v = self.split_heads(join_sequence(x, self.mem_kv, keys))

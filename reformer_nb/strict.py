@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['places_by_pairs', 'strict_counts', 'strict_attention_oracle', 'in_window', 'attend_text', 'places_in_bucket',
-           'outside_keys', 'attend_outside', 'outside_in_blocks', 'strict_attention']
+           'outside_keys', 'attend_outside', 'outside_in_blocks', 'strict_rounds', 'strict_attention']
 
 # %% ../nbs/04a_strict.ipynb #imports
 from collections.abc import Callable
@@ -168,6 +168,39 @@ def outside_in_blocks(
     if torch.is_grad_enabled(): attend = partial(checkpoint, attend, use_reentrant=False)
     return tuple(torch.cat(o, dim=3) for o in zip(*(attend(*o) for o in zip(queries, ids, masks))))
 
+# %% ../nbs/04a_strict.ipynb #strict-rounds
+def strict_rounds(
+    qk:Tensor, # (b, h, n, d) shared queries and keys, zeros at padding
+    v:Tensor, # (b, h, n, d) zeros where nobody may look
+    buckets:Tensor, # (b, h, r, n) integer bucket ids of each round; no id may depend on later tokens
+    *,
+    bucket_size:int, # w, how many keys of a bucket are seen
+    query_len:int, # how many positions ask, the first ones; later ones stand outside of time
+    mask:Tensor|None=None, # (b, n) bool, True where a real token stands
+    key_mask:Tensor|None=None, # (b, n) bool, False where nobody may look
+    attn_mask:Tensor|None=None, # (b, query_len, n) bool, True where query i may see key j
+    scale:float=1., # factor of the scores
+    dropout:float=0., # share of the weights that are zeroed
+    allow_duplicate_attention:bool=True, # False: a key met several times counts once
+    backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
+)->tuple: # outputs (b, h, k, query_len, d) and log-sum-exps (b, h, k, query_len) of k parts, which `merge_rounds` makes one
+    "Attention to the text, and to what stands outside of it, not yet merged"
+    n,real = query_len,real_tokens(qk, mask)
+    seen,pairs = real if key_mask is None else key_mask,None if attn_mask is None else attn_mask[...,:n]
+    text,options = (qk[:,:,:n], v[:,:,:n], buckets[...,:n]),dict(allow_duplicate_attention=allow_duplicate_attention, scale=scale, dropout=dropout)
+    if choose_fused(backend, qk.device):
+        from reformer_nb.fused import fused_lsh_attention   # of a later notebook
+        found = fused_lsh_attention(*text, mask=real[:,:n], key_mask=seen[:,:n], attn_mask=pairs, bucket_size=bucket_size, causal='strict',
+                                    attend_across_buckets=False, return_lse=True, **options)
+        parts = [tuple(o[:,:,None] for o in found)]
+    else: parts = [attend_text(*text, real[:,:n], seen[:,:n], bucket_size, attn_mask=pairs, **options)]
+    if n<qk.shape[2]:
+        attend = partial(attend_outside, k=unit_norm(qk[:,:,n:]), v=v[:,:,n:], k_ids=buckets[...,n:], real=real[:,n:], seen=seen[:,n:],
+                         window=bucket_size, **options)
+        size = max(1, 2**22//buckets[...,n:].numel())   # so many scores at a time
+        parts.append(outside_in_blocks(attend, qk[:,:,:n], buckets[...,:n], None if attn_mask is None else attn_mask[...,n:], size))
+    return tuple(torch.cat(o, dim=2) for o in zip(*parts))
+
 # %% ../nbs/04a_strict.ipynb #strict-attention
 def strict_attention(
     qk:Tensor, # (b, h, n, d) shared queries and keys
@@ -188,20 +221,7 @@ def strict_attention(
     check_lsh_inputs(qk, v, buckets, bucket_size)
     check_rate('dropout', dropout)
     n,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
-    qk,v,real = zero_padding(qk, mask),zero_padding(zero_padding(v, mask), key_mask),real_tokens(qk, mask)
-    seen,pairs = real if key_mask is None else key_mask,None if attn_mask is None else attn_mask[...,:n]
-    options = dict(allow_duplicate_attention=allow_duplicate_attention, scale=scale, dropout=dropout)
-    parts,text = [],(qk[:,:,:n], v[:,:,:n], buckets[...,:n])
-    if choose_fused(backend, qk.device):
-        from reformer_nb.fused import fused_lsh_attention   # of a later notebook
-        out,lse = fused_lsh_attention(*text, mask=None if mask is None else mask[:,:n], key_mask=None if key_mask is None else key_mask[:,:n],
-                                      attn_mask=pairs, bucket_size=bucket_size, causal='strict', attend_across_buckets=False, return_lse=True, **options)
-        if n==qk.shape[2]: return out
-        parts.append((out[:,:,None], lse[:,:,None]))
-    else: parts.append(attend_text(*text, real[:,:n], seen[:,:n], bucket_size, attn_mask=pairs, **options))
-    if n<qk.shape[2]:
-        attend = partial(attend_outside, k=unit_norm(qk[:,:,n:]), v=v[:,:,n:], k_ids=buckets[...,n:], real=real[:,n:], seen=seen[:,n:],
-                         window=bucket_size, **options)
-        size = max(1, 2**22//buckets[...,n:].numel())   # so many scores at a time
-        parts.append(outside_in_blocks(attend, qk[:,:,:n], buckets[...,:n], None if attn_mask is None else attn_mask[...,n:], size))
-    return zero_padding(merge_rounds(*(torch.cat(o, dim=2) for o in zip(*parts)), v[:,:,:n]), real[:,:n])
+    qk,v = zero_padding(qk, mask),zero_padding(zero_padding(v, mask), key_mask)
+    out,lse = strict_rounds(qk, v, buckets, bucket_size=bucket_size, query_len=n, mask=mask, key_mask=key_mask, attn_mask=attn_mask, scale=scale,
+                            dropout=dropout, allow_duplicate_attention=allow_duplicate_attention, backend=backend)
+    return zero_padding(merge_rounds(out, lse, v[:,:,:n]), None if mask is None else mask[:,:n])
