@@ -7,6 +7,7 @@ __all__ = ['old_lm_arguments', 'check_sides', 'axial_grid', 'position_layer', 'c
            'Generative', 'ReformerLM']
 
 # %% ../nbs/11_language_model.ipynb #imports
+from collections.abc import Iterator
 import math
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,7 @@ from .next_token import NextToken, as_tokens
 from .positions import AbsolutePositionalEmbedding, AxialPositionalEmbedding, FixedPositionalEmbedding, RotaryEmbedding
 from .self_attention import UpstreamWeights
 from .reformer import Pretrained, Reformer, old_arguments, old_names
+from .state import TextState
 
 # %% ../nbs/11_language_model.ipynb #check-sides
 def check_sides(
@@ -114,17 +116,29 @@ class TokenModel(nn.Module):
         keys:Tensor|None=None, # (b, c, e) context, which every position may look at
         context_mask:Tensor|None=None, # (b, c) True or 1 where a real token stands
         input_attn_mask:Tensor|None=None, # (b, n, n) True or 1 where position i may look at position j
-    )->Tensor: # (b, n, e), of width `emb_dim` unless `return_embeddings`
+        state:TextState|None=None, # what is remembered of the texts that `tokens` go on with
+    )->Tensor|tuple: # (b, n, e), of width `emb_dim` unless `return_embeddings`; with `state`, that and the state behind `tokens`
         "All of the model but the logits"
         check_tensor(tokens)
         real = None if input_mask is None else as_mask(input_mask, tokens.shape)
         tokens = as_tokens(tokens, self.config['num_tokens'], real)
-        if (n := tokens.shape[1])>self.max_seq_len:
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if real is None else real_positions(real)
+        if state is not None:
+            state.check(tokens, (keys, context_mask))
+            positions = state.count.to(tokens.device)[:,None] + positions
+        if (n := tokens.shape[1] + (0 if state is None else int(state.count.max())))>self.max_seq_len:
             raise ValueError(f'{n} tokens are more than max_seq_len={self.max_seq_len}; shorten the text, or build the model with a larger max_seq_len')
-        positions = torch.arange(n, device=tokens.device) if real is None else real_positions(real)
         x,angles = self.add_positions(self.token_emb(tokens), positions)
-        x = self.reformer(self.to_model_dim(x), real, keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask, pos_emb=angles)
-        return self.to_emb_dim(self.norm(x))
+        args = dict(keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask, pos_emb=angles)
+        if state is None: return self.to_emb_dim(self.norm(self.reformer(self.to_model_dim(x), real, **args)))
+        x,state = self.reformer(self.to_model_dim(x), real, **args, state=state)
+        return self.to_emb_dim(self.norm(x)),state
+
+    def init_state(self,
+        batch_size:int=1, # rows b
+    )->TextState: # for one text a row
+        "What is remembered before a text; needs `causal='strict'`, or full attention with `causal=True`"
+        return self.reformer.init_state(batch_size)
 
     def head(self)->tuple: # (v, e) table of the logits, and their bias (v) or None
         "What makes logits of `embed`'s vectors, as tensors"
@@ -142,9 +156,16 @@ class TokenModel(nn.Module):
         keys:Tensor|None=None, # (b, c, e) context, which every position may look at
         context_mask:Tensor|None=None, # (b, c) True or 1 where a real token stands
         input_attn_mask:Tensor|None=None, # (b, n, n) True or 1 where position i may look at position j
-    )->Tensor: # (b, n, v) logits, or (b, n, e) if `return_embeddings`
+        state:TextState|None=None, # from `init_state`, or behind an earlier segment: `tokens` go on with their texts
+    )->Tensor|tuple: # (b, n, v) logits, or (b, n, e) if `return_embeddings`; with `state`, that and the state behind `tokens`
         "Logits for each position; what stands in padded places changes no other"
-        x = self.embed(tokens, input_mask, keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask)
+        x = self.embed(tokens, input_mask, keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask, state=state)
+        return self.logits(x) if state is None else (self.logits(x[0]), x[1])
+
+    def logits(self,
+        x:Tensor, # (b, n, e) from `embed`
+    )->Tensor: # (b, n, v), or `x` itself if `return_embeddings`
+        "What `embed` leaves to do"
         if self.config['return_embeddings']: return x
         return F.linear(x, *self.head()) if self.to_logits is None else self.to_logits(x)
 
@@ -164,11 +185,32 @@ class Generative:
         generator:torch.Generator|None=None, # source of randomness; None uses torch's global one
         keys:Tensor|None=None, # (b, c, e) context, which every position may look at
         context_mask:Tensor|None=None, # (b, c) True or 1 where a real token stands
+        use_cache:bool|None=None, # read each token once; None does so where the result is the same
     )->Tensor: # (b, max_new_tokens) the new tokens only
         "Continue the prompt"
         from reformer_nb.generation import generate
-        return generate(self, prompt, max_new_tokens, input_mask=input_mask, temperature=temperature, top_k=top_k, top_p=top_p,
-                        eos_token=eos_token, pad_token=pad_token, generator=generator, keys=keys, context_mask=context_mask)
+        return generate(self, prompt, max_new_tokens, input_mask=input_mask, temperature=temperature, top_k=top_k, top_p=top_p, eos_token=eos_token,
+                        pad_token=pad_token, generator=generator, keys=keys, context_mask=context_mask, use_cache=use_cache)
+
+    def stream(self,
+        prompt:Tensor, # (b, n) integers
+        max_new_tokens:int, # how many tokens to add
+        *,
+        input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
+        temperature:float=1., # divides the logits; 0 takes the likeliest token
+        top_k:int|None=None, # sample among the k likeliest tokens only
+        top_p:float|None=None, # sample among the likeliest tokens that together have this probability
+        eos_token:int|None=None, # a row ends with this token
+        pad_token:int=0, # fills up rows that have ended
+        generator:torch.Generator|None=None, # source of randomness; None uses torch's global one
+        keys:Tensor|None=None, # (b, c, e) context, which every position may look at
+        context_mask:Tensor|None=None, # (b, c) True or 1 where a real token stands
+        use_cache:bool|None=None, # read each token once; None does so where the result is the same
+    )->Iterator: # of tokens (b)
+        "Continue the prompt, token by token"
+        from reformer_nb.generation import stream
+        return stream(self, prompt, max_new_tokens, input_mask=input_mask, temperature=temperature, top_k=top_k, top_p=top_p, eos_token=eos_token,
+                      pad_token=pad_token, generator=generator, keys=keys, context_mask=context_mask, use_cache=use_cache)
 
 # %% ../nbs/11_language_model.ipynb #old-lm-arguments
 old_lm_arguments = dict(**old_arguments, rotary_emb='positions are rotary unless another kind is chosen; leave it out')

@@ -108,12 +108,15 @@ class NextToken:
         keys:Tensor|None=None, # (b, c, e) context, which every position may look at
         context_mask:Tensor|None=None, # (b, c) True or 1 where a real token stands
         input_attn_mask:Tensor|None=None, # (b, n, n) True or 1 where position i may look at position j
-    )->Tensor: # () mean over the predicted tokens, in nats
+        state:object=None, # a `TextState`, where the model keeps one: `tokens` go on with a text, from the last token of the segment before
+    )->Tensor|tuple: # () mean over the predicted tokens, in nats; with `state`, that and the state behind all but the last token
         "Cross-entropy of the next token; padding changes nothing, and no more than a block of logits exists at a time"
         check_predicts(self.config, 'loss')
         real = None if input_mask is None else as_mask(input_mask, tokens.shape)
         tokens = as_tokens(tokens, self.config['num_tokens'], real)
         if input_attn_mask is not None: input_attn_mask = as_mask(input_attn_mask, (*tokens.shape, tokens.shape[1]), 'input_attn_mask')
         seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
-        x = self.embed(seen, real, keys=keys, context_mask=context_mask, input_attn_mask=allowed)
-        return loss_in_blocks(x, *self.head(), targets, real)
+        context = dict(keys=keys, context_mask=context_mask)
+        if state is None: return loss_in_blocks(self.embed(seen, real, **context, input_attn_mask=allowed), *self.head(), targets, real)
+        x,state = self.embed(seen, real, **context, input_attn_mask=allowed, state=state)
+        return loss_in_blocks(x, *self.head(), targets, real),state

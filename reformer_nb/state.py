@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['new_rings', 'numbers_in_bucket', 'fill_rings', 'last_places', 'attend_rings', 'count_over_rounds', 'recent_text',
            'SegmentCall', 'TextState', 'outside_text', 'begin_text', 'hash_text', 'attend_hashed', 'attend_all',
-           'remember', 'continue_text']
+           'remember', 'continue_text', 'begin_stack']
 
 # %% ../nbs/06c_state.ipynb #imports
 import copy, math
@@ -17,7 +17,7 @@ from .core import as_mask, check_int
 from .hashing import assign_buckets, draw_hash
 from .head_attention import local_attention
 from .lsh import attend_chunks, count_equal, merge_rounds
-from .self_attention import join_sequence
+from .self_attention import LSHSelfAttention, join_sequence
 from .sorting import sort_by_bucket, take_rows
 from .strict import places_in_bucket, strict_rounds
 
@@ -143,7 +143,18 @@ class TextState:
         check_int('batch_size', batch_size)
         self.count = torch.zeros(batch_size, dtype=torch.int64)   # tokens of each row so far
         self.layers = {},{}   # of F and of G: {index of the block: {name: tensor}}
-        self.context = None   # the context of the last call, as it was given and as it is used
+        self.context = None   # of the text, as it was given
+
+    def check(self,
+        x:Tensor, # (b, n, ...) the segment
+        context:tuple, # keys and context_mask, as they were given
+    )->None:
+        "Refuse another batch, and without gradients another context, which is projected once"
+        if len(x)!=len(self.count): raise ValueError(f'the segment has {len(x)} rows, the state {len(self.count)}; make one by init_state({len(x)})')
+        if torch.is_grad_enabled(): return
+        if self.context is None: self.context = context
+        elif any(a is not b for a,b in zip(self.context, context)):
+            raise ValueError('keys and context_mask belong to the whole text; pass the very tensors of its first segment, or begin anew with init_state')
 
     def calls(self)->tuple: # of two SegmentCall, for F and for G
         "What a stack is given to go on"
@@ -333,3 +344,16 @@ def continue_text(
         new = remember(layer, state, turned, v, buckets, real, in_place=past.in_place)
         past.new[index] = {**new, **outside} if past.in_place else new
     return layer.post_attn_dropout(layer.join_heads(out)),buckets
+
+# %% ../nbs/06c_state.ipynb #begin-stack
+def begin_stack(
+    layers:nn.Module, # a ReversibleSequence
+    batch_size:int, # rows b
+)->TextState:
+    "What a stack remembers before the first segment"
+    state = TextState(batch_size)
+    for i,block in enumerate(layers.blocks):
+        for fn,remembered in zip(block, state.layers):
+            attention = next((o for o in fn.modules() if isinstance(o, LSHSelfAttention)), None)
+            if attention is not None: remembered[i] = begin_text(attention, batch_size, i)
+    return state
