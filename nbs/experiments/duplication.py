@@ -1,0 +1,154 @@
+"""The duplication task of the paper's Table 2: `python nbs/experiments/duplication.py [part ...]`
+
+A sequence is 0w0w with a random word w; loss and accuracy count on the second w alone. Parts:
+
+    table     the four rows of the table, three seeds
+    half      the rows with LSH at half the chunk length
+    peers     the row LSH-2 with reformer_pytorch and Hugging Face's Reformer, at two learning rates
+    ablation  one change at a time, at length 256
+
+Each finished run adds a row to results/duplication.csv and its learning curve to results/duplication_curves.csv. A run
+that has a row there is not repeated, so an interrupted command goes on where it stopped.
+"""
+import argparse, time
+from dataclasses import asdict, dataclass, replace
+import torch
+import torch.nn.functional as F
+from reformer_nb import ReformerLM
+from reformer_nb.data import duplication_batch
+from records import append, read, results, surroundings
+
+symbols,batch_size,every = 127,8,25   # different symbols; sequences in a batch; steps that a point of a curve is the mean of
+evaluations = {'Full': 0, '8': 8, '4': 4, '2': 2, '1': 1}   # hash rounds; 0 is full attention
+
+@dataclass(frozen=True)
+class Run:
+    "All that decides how a run goes"
+    library:str = 'reformer_nb'   # or 'reformer_pytorch', 'transformers'
+    trained:str = 'LSH-2'         # or 'Full', 'LSH-1', 'LSH-4'
+    length:int = 1024             # tokens of a sequence
+    chunk:int = 128               # chunk length; there are length/chunk buckets
+    variant:str = ''              # what differs from the recipe, a key of `variants`
+    lr:float = 1e-3               # of Adam with betas .9, .98
+    steps:int = 400               # of training
+    seed:int = 0                  # of weights, data and rotations
+    @property
+    def n_hashes(self): return 0 if self.trained=='Full' else int(self.trained[4:])
+
+variants = {'': {}, 'scores over √d': dict(scale=64**-.5), 'ScaleNorm': dict(use_scale_norm=True), 'ReZero, no norm': dict(use_rezero=True),
+            'tied head': dict(weight_tie_embedding='plain'), 'fixed rotations': dict(rotations='fixed'),
+            'duplicates count once': dict(lsh_allow_duplicate_attention=False), 'same bucket only': dict(lsh_attend_across_buckets=False),
+            'look-back between rounds': dict(look_back='rounds'), 'rotary positions': dict(absolute_position_emb=False)}
+
+def ours(run, n_hashes, hash_seed):
+    "One layer of width 256, 4 heads, pre-LayerNorm, learned positions, a head of its own"
+    options = dict(absolute_position_emb=True, ff_mult=1) | variants[run.variant]
+    return ReformerLM(symbols+1, 256, 1, run.length, heads=4, bucket_size=run.chunk, n_hashes=n_hashes or 1, causal=True,
+                      use_full_attn=not n_hashes, hash_seed=hash_seed, **options)
+
+def reformer_pytorch(run, n_hashes, hash_seed):
+    "The same in reformer_pytorch, which draws rotations from the global generator; `small start`: embeddings and positions begin as ours do"
+    from reformer_pytorch import ReformerLM as Theirs
+    model = Theirs(symbols+1, 256, 1, run.length, heads=4, bucket_size=run.chunk, n_hashes=n_hashes or 1, causal=True,
+                   use_full_attn=not n_hashes, absolute_position_emb=True, ff_mult=1, ff_chunks=1)
+    if run.variant=='small start':
+        for emb in (model.token_emb, model.pos_emb.emb): torch.nn.init.normal_(emb.weight, std=.02)
+    return model
+
+class Logits(torch.nn.Module):
+    "A model of transformers that returns its logits"
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+    def forward(self, tokens): return self.model(tokens).logits
+
+def hugging_face(run, n_hashes, hash_seed):
+    "The same in transformers; one chunk of the whole length is full attention there"
+    from transformers import ReformerConfig, ReformerModelWithLMHead
+    config = ReformerConfig(attn_layers=['lsh'], vocab_size=symbols+1, hidden_size=256, feed_forward_size=256, num_attention_heads=4,
+        attention_head_size=64, num_hashes=n_hashes or 1, lsh_attn_chunk_length=run.chunk if n_hashes else run.length,
+        num_buckets=run.length//run.chunk, axial_pos_embds=False, max_position_embeddings=run.length, is_decoder=True,
+        hidden_dropout_prob=0., lsh_attention_probs_dropout_prob=0., hash_seed=None, use_cache=False, tie_word_embeddings=False)
+    return Logits(ReformerModelWithLMHead(config))
+
+makers = dict(reformer_nb=ours, reformer_pytorch=reformer_pytorch, transformers=hugging_face)
+
+def make(run, n_hashes, hash_seed=0): return makers[run.library](run, n_hashes, hash_seed)
+
+def second_word(model, tokens):
+    "Mean cross-entropy, and share of right guesses, of the second word"
+    half = tokens.shape[1]//2
+    logits,wanted = model(tokens)[:,half:-1],tokens[:,half+1:]
+    return F.cross_entropy(logits.flatten(0, 1), wanted.flatten()),(logits.argmax(-1)==wanted).float().mean()
+
+def train(run, watch=lambda point: None, stop_at=2.):
+    "The model, and its learning curve; data never repeat, so accuracy in training is accuracy on new data. Ends early above `stop_at`"
+    torch.manual_seed(run.seed)
+    model = make(run, run.n_hashes, run.seed)
+    optimizer = torch.optim.Adam(model.parameters(), run.lr, betas=(.9, .98))
+    curve,recent,wall,cpu = [],[],time.perf_counter(),time.process_time()
+    for step in range(1, run.steps+1):
+        loss,accuracy = second_word(model, duplication_batch(step, batch_size=batch_size, length=run.length, num_symbols=symbols, seed=run.seed))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        recent.append((loss.item(), accuracy.item()))
+        if step%every and step<run.steps: continue
+        mean = [sum(o)/len(recent) for o in zip(*recent)]
+        curve.append(dict(step=step, loss=round(mean[0], 4), accuracy=round(100*mean[1], 2),
+                          seconds=round(time.perf_counter()-wall, 1), cpu_seconds=round(time.process_time()-cpu, 1)))
+        recent = []
+        watch(curve[-1])
+        if mean[1]>stop_at: break
+    return model,curve
+
+@torch.no_grad()
+def evaluate(run, model, n_hashes, batches=8):
+    "Accuracy in percent on new sequences, each batch with rotations of its own"
+    right = []
+    for i in range(batches):
+        torch.manual_seed(i)
+        other = make(run, n_hashes, hash_seed=10**6+i)
+        other.load_state_dict(model.state_dict())
+        tokens = duplication_batch(i, batch_size=batch_size, length=run.length, num_symbols=symbols, seed=10**6)
+        right.append(second_word(other.eval(), tokens)[1].item())
+    return round(100*sum(right)/len(right), 2)
+
+def first_above(curve, accuracy=99):
+    "The step at which a curve is first above an accuracy, or an empty string"
+    return next((o['step'] for o in curve if o['accuracy']>accuracy), '')
+
+def finish(run, folder=results):
+    "Train and evaluate, and write a row and a curve, unless the row is there"
+    old = read(folder/'duplication.csv')
+    key = {k: (float(v) if k=='lr' else v) for k,v in asdict(run).items()}
+    if any(all(row[k]==v for k,v in key.items()) for row in old): return
+    print(run, flush=True)
+    model,curve = train(run, watch=lambda point: print(' ', *point.values(), flush=True))
+    accuracy = {k: evaluate(run, model, n) for k,n in evaluations.items()}
+    made = surroundings()
+    append(folder/'duplication_curves.csv', *[dict(asdict(run), **point) for point in curve])
+    append(folder/'duplication.csv', dict(asdict(run), above_99=first_above(curve), **accuracy, cpu_seconds=curve[-1]['cpu_seconds'],
+                                          seconds=curve[-1]['seconds'], **made))
+    print(accuracy, flush=True)
+
+def runs(part, seeds):
+    "The runs of a part, the first seed of all rows first"
+    rows,peer = ('LSH-2', 'LSH-1', 'LSH-4', 'Full'),Run(steps=600, seed=seeds[0])
+    if part=='table': return [Run(trained=o, seed=s) for s in seeds for o in rows]
+    if part=='half': return [Run(trained=o, chunk=64, seed=s) for s in seeds for o in rows if o!='Full']
+    if part=='peers': return [replace(peer, library=o, lr=lr) for o in ('reformer_pytorch', 'transformers') for lr in (1e-3, 3e-3)]
+    return [Run(length=256, chunk=32, steps=300, variant=o, seed=s) for s in seeds for o in variants]
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('parts', nargs='*', default=['table'], help='table, half, peers, ablation; table if left out')
+    p.add_argument('--seeds', nargs='*', type=int, default=[0, 1, 2], help='0 1 2 if left out')
+    p.add_argument('--threads', type=int, default=1, help='of a run; two commands side by side use two cores best')
+    a = p.parse_args()
+    if bad := set(a.parts)-{'table', 'half', 'peers', 'ablation'}: p.error(f'no such part: {" ".join(bad)}')
+    torch.set_num_threads(a.threads)
+    for part in a.parts:
+        for run in runs(part, a.seeds): finish(run)
+
+if __name__=='__main__': main()
