@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from .core import check_choice, check_int
 from .data import Corpus, bigram_bits, compressed_bits, windows
-from .hashing import BucketHasher
+from .hasher import BucketHasher
 from .replay import replay_modes
 
 # %% ../nbs/18_training.ipynb #settings
