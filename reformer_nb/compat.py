@@ -19,11 +19,12 @@ import torch
 from .attention import FullQKAttention
 from .core import accept_names, mask_value
 from .encoder_decoder import ReformerEncDec
-from .feed_forward import Chunk, FeedForward, PreNorm, ProductKeyMemory, ReZero, ScaleNorm
+from .feed_forward import Chunk, FeedForward, PreNorm, ReZero, ScaleNorm
 from .generation import TrainingWrapper, top_k, top_p
 from .language_model import ReformerLM
 from .lsh import LSHAttention
 from .positions import AbsolutePositionalEmbedding, AxialPositionalEmbedding, FixedPositionalEmbedding
+from .product_keys import ProductKeyMemory
 from .recorder import Recorder
 from .reformer import Autopadder, Reformer
 from .reversible import ReversibleSequence

@@ -13,7 +13,8 @@ from pathlib import Path
 from torch import Tensor, nn
 from .core import Config, accept_names, check_int, check_rate
 from .cross_attention import CrossAttention, DecoderAttention, check_context, hide_padding
-from .feed_forward import Chunk, FeedForward, PreNorm, ProductKeyMemory, ReZero, ScaleNorm
+from .feed_forward import Chunk, FeedForward, PreNorm, ReZero, ScaleNorm
+from .product_keys import ProductKeyMemory
 from .reversible import ReversibleSequence
 from .self_attention import LSHSelfAttention, UpstreamWeights
 
