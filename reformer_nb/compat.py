@@ -27,7 +27,7 @@ from .positions import AbsolutePositionalEmbedding, AxialPositionalEmbedding, Fi
 from .product_keys import ProductKeyMemory
 from .recorder import Recorder
 from .reformer import Autopadder, Reformer
-from .reversible import ReversibleSequence
+from .reversible_sequence import ReversibleSequence
 from .self_attention import LSHSelfAttention
 from .upstream import rename_upstream, upstream_options
 from torch import Tensor, nn

@@ -15,7 +15,7 @@ from .core import Config, accept_names, check_int, check_rate
 from .cross_attention import CrossAttention, DecoderAttention, check_context, hide_padding
 from .feed_forward import Chunk, FeedForward, PreNorm, ReZero, ScaleNorm
 from .product_keys import ProductKeyMemory
-from .reversible import ReversibleSequence
+from .reversible_sequence import ReversibleSequence
 from .self_attention import LSHSelfAttention, UpstreamWeights
 
 # %% ../nbs/10_reformer.ipynb #check-input
