@@ -13,7 +13,7 @@ import gzip, hashlib, http.client, lzma, os, platform, sysconfig, urllib.error, 
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from .checkpoints import write_atomic
+from .atomic import write_atomic
 from .core import check_choice, check_int
 from .hashing import seeded_generator
 from torch import Tensor

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from .checkpoints import encode_config, fingerprint, read_weights, save_pretrained, write_atomic
+from .atomic import write_atomic
+from .checkpoints import encode_config, fingerprint, read_weights, save_pretrained
 from .core import check_int
 from .data import Corpus, batch_at
 from .replay import rng_state, set_rng_state
