@@ -20,10 +20,12 @@ def new_activation(
 )->nn.Module:
     "The activation of a layer"
     if isinstance(make, nn.Module):
-        raise TypeError(f'activation={make} is an instance; pass its class {type(make).__name__}, or a function that makes it')
+        raise TypeError(f'activation={make} is an instance; pass its class {type(make).__name__}, '
+                        'or a function that makes it')
     try: return make()
     except TypeError as err:
-        raise TypeError(f'activation={make!r} cannot be called without arguments; pass a class such as nn.ReLU, or a function that makes a module') from err
+        raise TypeError(f'activation={make!r} cannot be called without arguments; pass a class such as nn.ReLU, '
+                        'or a function that makes a module') from err
 
 # %% ../nbs/07_feed_forward.ipynb #feed-forward-code
 class FeedForward(nn.Module):
@@ -50,7 +52,8 @@ class FeedForward(nn.Module):
     )->Tensor: # (..., e)
         "Widen, activate, narrow"
         if x.shape[-1]!=(e := self.w1.in_features):
-            raise ValueError(f'x has shape {tuple(x.shape)}, but the layer needs (..., {e}); build it with dim={x.shape[-1]}')
+            raise ValueError(f'x has shape {tuple(x.shape)}, but the layer needs (..., {e}); '
+                             f'build it with dim={x.shape[-1]}')
         hidden = self.w1(x)
         if self.glu:
             hidden,gate = hidden.chunk(2, dim=-1)
@@ -130,11 +133,12 @@ class ChunkFunction(torch.autograd.Function):
         graph = dict(create_graph=torch.is_grad_enabled())
         with torch.enable_grad(), ctx.then.replay():
             x,*weights = [o.view_as(o) if want else o.detach() for o,want in zip(saved, wants)]
-            tensors = dict(zip(ctx.names, [*weights, *(o.clone() for o in saved[len(wants):])]))   # which the pieces may change
-            args = (o.chunk(chunk.chunks, dim=chunk.dim) for o in (x, dy))
-            dx,dw = functional_call(PieceGrads(chunk.fn), tensors, (*args, [o for o in weights if o.requires_grad]), graph)
-        dw = iter(dw)
-        return torch.cat(dx, dim=chunk.dim) if dx else None,None,None,*[next(dw) if want else None for want in wants[1:]]
+            buffers = [o.clone() for o in saved[len(wants):]]   # which the pieces may change
+            tensors = dict(zip(ctx.names, [*weights, *buffers]))
+            args = *(o.chunk(chunk.chunks, dim=chunk.dim) for o in (x, dy)),[o for o in weights if o.requires_grad]
+            dx,dw = functional_call(PieceGrads(chunk.fn), tensors, args, graph)
+        dx,dw = torch.cat(dx, dim=chunk.dim) if dx else None,iter(dw)
+        return dx,None,None,*(next(dw) if want else None for want in wants[1:])
 
 # %% ../nbs/07_feed_forward.ipynb #chunk-code
 class Chunk(nn.Module):
@@ -146,7 +150,8 @@ class Chunk(nn.Module):
     ):
         super().__init__()
         check_int('chunks', chunks)
-        if not isinstance(fn, nn.Module): raise TypeError(f'fn={fn} must be a module, whose parameters can be found; wrap the function in one')
+        if not isinstance(fn, nn.Module):
+            raise TypeError(f'fn={fn} must be a module, whose parameters can be found; wrap the function in one')
         self.chunks,self.fn,self.dim = chunks,fn,along_dim
 
     def forward(self,
@@ -155,7 +160,8 @@ class Chunk(nn.Module):
         "The same result as `fn(x)`, with hidden layers for one piece at a time, in the backward pass too"
         if self.chunks==1: return self.fn(x)
         weights = list(named_weights(self).values())
-        if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and any(o.requires_grad for o in (x, *weights))):
+        wanted = torch.is_grad_enabled() and any(o.requires_grad for o in (x, *weights))
+        if not wanted or torch.compiler.is_compiling():
             return in_pieces(self.fn, x, self.chunks, self.dim)
         return ChunkFunction.apply(x, self, Circumstances(self.fn, x.device), *weights)
 
@@ -174,7 +180,9 @@ class ScaleNorm(nn.Module):
         x:Tensor, # (..., e)
     )->Tensor: # (..., e)
         "Divide by the length, multiply by `g`"
-        if x.shape[-1]!=self.dim: raise ValueError(f'x has shape {tuple(x.shape)}, but the layer needs (..., {self.dim}); build it with dim={x.shape[-1]}')
+        if x.shape[-1]!=self.dim:
+            raise ValueError(f'x has shape {tuple(x.shape)}, but the layer needs (..., {self.dim}); '
+                             f'build it with dim={x.shape[-1]}')
         wide = upcast(x)
         return (wide / wide.norm(dim=-1, keepdim=True).clamp(min=self.eps) * self.g).to(x.dtype)
 
@@ -201,7 +209,7 @@ class Wrapper(nn.Module):
         return self.after(self.fn(self.before(x), **args))
 
     @property
-    def with_state(self)->Callable: # takes x, a state or None, and keyword arguments of `fn`; returns the output and the state
+    def with_state(self)->Callable: # takes x, a state or None, and keywords of `fn`; returns the output and the state
         "`forward` that also returns the integers of `fn`, or reuses them"
         inner = self.fn.with_state   # an AttributeError, if there is none, is the answer to hasattr
         def call(x, state=None, **args):

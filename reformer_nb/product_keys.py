@@ -33,8 +33,10 @@ class ProductKeys(nn.Module):
         dim_head:int=128, # width of a half key
     ):
         super().__init__()
-        for name,o in dict(dim=dim, heads=heads, num_keys=num_keys, topk=topk, dim_head=dim_head).items(): check_int(name, o)
-        if topk>num_keys: raise ValueError(f'topk={topk} must be at most num_keys={num_keys}; read fewer rows, or add keys')
+        sizes = dict(dim=dim, heads=heads, num_keys=num_keys, topk=topk, dim_head=dim_head)
+        for name,o in sizes.items(): check_int(name, o)
+        if topk>num_keys:
+            raise ValueError(f'topk={topk} must be at most num_keys={num_keys}; read fewer rows, or add keys')
         self.heads,self.num_keys,self.topk = heads,num_keys,topk
         self.to_queries = nn.Linear(dim, 2*heads*dim_head, bias=False)
         self.norm = nn.LayerNorm(dim_head)
@@ -45,7 +47,8 @@ class ProductKeys(nn.Module):
     )->Tensor: # (2, ..., h, k)
         "Products of the halves of each query with the half keys"
         if x.shape[-1]!=(e := self.to_queries.in_features):
-            raise ValueError(f'x has shape {tuple(x.shape)}, but the layer needs (..., {e}); build it with dim={x.shape[-1]}')
+            raise ValueError(f'x has shape {tuple(x.shape)}, but the layer needs (..., {e}); '
+                             f'build it with dim={x.shape[-1]}')
         q = rearrange(self.to_queries(x), '... (two h d) -> two ... h d', two=2, h=self.heads)
         return einsum(self.norm(q), self.keys, 'two ... h d, h k two d -> two ... h k')
 

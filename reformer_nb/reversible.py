@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from .core import upcast
-from .replay import (Circumstances, check_leaves, check_output, check_state, coarsest, drift, named_weights, rng_state,
-                                same_rng_state, sample, save_nothing, watch_buffers)
+from .replay import (Circumstances, check_leaves, check_output, check_state, coarsest, drift, named_weights,
+                                rng_state, same_rng_state, sample, save_nothing, watch_buffers)
 
 # %% ../nbs/08_reversible.ipynb #add-exactly
 def add_exactly(
@@ -61,11 +61,11 @@ class Call:
         *,
         send_signal:bool=False, # F and G are also told `_depth` and `_reverse`
     ):
-        self.branches = [Branch(fn, layer, role) for layer,*fns in blocks for role,fn in zip('FG', fns)]   # F and G in turn
+        self.branches = [Branch(fn, layer, role) for layer,*fns in blocks for role,fn in zip('FG', fns)]   # in turn
         self.constants = [{k: v for k,v in o.items() if not isinstance(v, Tensor)} for o in (f_args,g_args)]
         self.tensors = [(to, k) for to,o in enumerate((f_args,g_args)) for k,v in o.items() if isinstance(v, Tensor)]
         place = {o: i for i,o in enumerate(self.weights(), start=len(self.tensors))}
-        self.places = [{k: place[o] for k,o in named_weights(branch).items()} for branch in self.branches]   # of weights, among the inputs
+        self.places = [{k: place[o] for k,o in named_weights(f).items()} for f in self.branches]   # of weights
         self.device,self.dtype,self.send_signal = x.device,x.dtype,send_signal
         self.then,self.samples = [],[]   # circumstances before each branch, and in the end; samples of outputs
 
@@ -114,9 +114,10 @@ def recompute(
     with torch.enable_grad(), call.then[k].replay():
         out,_ = run_branch(call, k, x, leaves, state, replace=replace)
         end = rng_state(call.device)
-    if same_rng_state(end, call.then[k+1].rng) or state is not None and same_rng_state(end, call.then[k].rng): return out
-    raise RuntimeError(f'{call.branches[k].name} drew other random numbers when it was recomputed; draw as many in each call, '
-                       'and let with_state draw again what it drew for a state that it is given')
+    if same_rng_state(end, call.then[k+1].rng): return out
+    if state is not None and same_rng_state(end, call.then[k].rng): return out
+    raise RuntimeError(f'{call.branches[k].name} drew other random numbers when it was recomputed; draw as many in '
+                       'each call, and let with_state draw again what it drew for a state that it is given')
 
 # %% ../nbs/08_reversible.ipynb #branch-grads
 def branch_grads(
@@ -162,7 +163,7 @@ def run_backward(
     kept:list, # what `run_forward` kept for each branch
     leaves:list, # tensor arguments and weights
     d_streams:tuple, # gradients of y1 and y2, both (b, n, e)
-)->tuple: # x1 and x2, each with its rest, their gradients, gradients of the leaves (None where there is none), and a drift for each branch
+)->tuple: # x1 and x2, each with its rest, their gradients, those of the leaves or None, and a drift for each branch
     "Undo one branch at a time, and collect gradients"
     streams,d_streams,d_leaves,drifts = list(streams),list(d_streams),[None]*len(leaves),[]
     precision = coarsest(call.dtype, call.then[0].autocast)
@@ -184,9 +185,10 @@ def check_drift(
     "Refuse gradients if a branch gave something else the second time"
     for branch,size in zip(reversed(call.branches), torch.stack(drifts).tolist()):
         if not size>1: continue
-        raise RuntimeError(f'{branch.name} gave something else when it was recomputed ({size:.3g} times what rounding may do), so gradients would be wrong; '
-                           'draw random numbers from torch only, keep counters in buffers and decisions by with_state; '
-                           'if rounding is the cause, use a higher precision, or set reverse_thres to run without reversibility')
+        raise RuntimeError(f'{branch.name} gave something else when it was recomputed ({size:.3g} times what rounding '
+                           'may do), so gradients would be wrong; draw random numbers from torch only, keep counters '
+                           'in buffers and decisions by with_state; if rounding is the cause, use a higher precision, '
+                           'or set reverse_thres to run without reversibility')
 
 # %% ../nbs/08_reversible.ipynb #function
 class ReversibleFunction(torch.autograd.Function):
@@ -202,7 +204,8 @@ class ReversibleFunction(torch.autograd.Function):
         "Run the stack and keep its outputs, not its activations"
         streams,kept = run_forward(call, (x1,x2), inputs)
         ctx.call,ctx.names = call,[list(o) for o in kept]
-        ctx.save_for_backward(*(o for stream in streams for o in stream), *(t for o in kept for t in o.values()), *inputs)
+        held = [t for o in kept for t in o.values()]
+        ctx.save_for_backward(*(o for stream in streams for o in stream), *held, *inputs)
         return tuple(o for o,_ in streams)
 
     @staticmethod
@@ -212,8 +215,9 @@ class ReversibleFunction(torch.autograd.Function):
     )->tuple: # gradients of what `forward` was given
         "Walk back through the stack"
         if torch.is_grad_enabled():
-            raise RuntimeError('create_graph=True asks for second derivatives, which a reversible stack does not record; '
-                               f'set its reverse_thres to {d_streams[0].shape[1]} or more to run this length plainly')
+            raise RuntimeError('create_graph=True asks for second derivatives, which a reversible stack does not '
+                               f'record; set its reverse_thres to {d_streams[0].shape[1]} or more to run this length '
+                               'plainly')
         saved,wanted = iter(ctx.saved_tensors),ctx.needs_input_grad[3:]
         streams = [(next(saved),next(saved)) for _ in range(2)]
         kept = [{name: next(saved) for name in names} for names in ctx.names]

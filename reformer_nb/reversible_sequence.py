@@ -20,7 +20,8 @@ def route(
     "Send keyword arguments to F, to G, or to both"
     to_f,to_g = arg_route
     if args and not (to_f or to_g):
-        raise ValueError(f'arg_route={arg_route} sends {", ".join(args)} nowhere; pass (True, False) for F, (False, True) for G, (True, True) for both')
+        raise ValueError(f'arg_route={arg_route} sends {", ".join(args)} nowhere; pass (True, False) for F, '
+                         '(False, True) for G, (True, True) for both')
     return args if to_f else {},args if to_g else {}
 
 # %% ../nbs/08b_reversible_sequence.ipynb #choose-blocks
@@ -38,13 +39,14 @@ def check_blocks(
 )->None:
     "Refuse blocks that are not pairs, and branches that do not hand on the state of a layer in them"
     sizes = [len(o) for o in blocks]
-    if set(sizes)!={2}: raise ValueError(f'blocks hold {sizes} modules, but each must be a pair (F, G), and there must be one at least')
+    if set(sizes)!={2}:
+        raise ValueError(f'blocks hold {sizes} modules, but each must be a pair (F, G), and there must be one at least')
     for i,pair in enumerate(blocks):
         for role,fn in zip('FG', pair):
             inner = next((o for o in fn.modules() if hasattr(o, 'with_state')), fn)
             if hasattr(fn, 'with_state') or inner is fn: continue
-            raise TypeError(f'{role} of block {i} ({type(fn).__name__}) holds {type(inner).__name__} but does not hand on its state, '
-                            'so the recomputation would differ; give it a method with_state')
+            raise TypeError(f'{role} of block {i} ({type(fn).__name__}) holds {type(inner).__name__} but does not hand '
+                            'on its state, so the recomputation would differ; give it a method with_state')
 
 # %% ../nbs/08b_reversible_sequence.ipynb #check-streams
 def check_streams(
@@ -55,7 +57,8 @@ def check_streams(
     if not x1.is_floating_point() or x1.dtype!=x2.dtype:
         raise TypeError(f'the streams are {x1.dtype} and {x2.dtype}, but must have one floating dtype; cast them')
     if x1.ndim!=3 or x1.shape!=x2.shape:
-        raise ValueError(f'the streams have shapes {tuple(x1.shape)} and {tuple(x2.shape)}, but both must be (b, n, e); expand or reshape them')
+        raise ValueError(f'the streams have shapes {tuple(x1.shape)} and {tuple(x2.shape)}, but both must be '
+                         '(b, n, e); expand or reshape them')
 
 # %% ../nbs/08b_reversible_sequence.ipynb #sequence
 class ReversibleSequence(nn.Module):
@@ -64,7 +67,7 @@ class ReversibleSequence(nn.Module):
         blocks:nn.ModuleList, # of pairs (F, G), each an nn.ModuleList
         layer_dropout:float=0., # probability that a block is skipped in a training pass
         reverse_thres:int=0, # sequences of up to this length are run without reversibility
-        send_signal:bool=False, # F and G also get `_depth`, the index of the block, and `_reverse`, True in the recomputation
+        send_signal:bool=False, # F and G also get `_depth`, the block's index, and `_reverse`, True when recomputed
     ):
         super().__init__()
         check_blocks(blocks)
@@ -79,7 +82,9 @@ class ReversibleSequence(nn.Module):
         **kwargs:object, # for the layers in the blocks; tensors among them get gradients
     )->Tensor: # (b, n, 2e)
         "Run the stack on two streams joined in one tensor"
-        if x.shape[-1]%2: raise ValueError(f'x has width {x.shape[-1]}, but must hold two streams of one width; make it even, or call streams(x1, x2)')
+        if x.shape[-1]%2:
+            raise ValueError(f'x has width {x.shape[-1]}, but must hold two streams of one width; make it even, '
+                             'or call streams(x1, x2)')
         return torch.cat(self.streams(*x.chunk(2, dim=-1), *route(arg_route, kwargs)), dim=-1)
 
     def streams(self,
