@@ -7,7 +7,7 @@ from .lsh import LSHAttention as LSHAttention, lsh_attention as lsh_attention
 from .attention import FullQKAttention as FullQKAttention
 from .recorder import Recorder as Recorder
 from .reformer import Autopadder as Autopadder, Reformer as Reformer
-from .reversible import ReversibleSequence as ReversibleSequence
+from .reversible_sequence import ReversibleSequence as ReversibleSequence
 from .self_attention import LSHSelfAttention as LSHSelfAttention
 
 def __getattr__(name):

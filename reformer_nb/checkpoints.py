@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['format_version', 'model_classes', 'named_tensors', 'fingerprint', 'encode_activation', 'encode_config',
-           'decode_activation', 'decode_config', 'sync_directory', 'remove_leftovers', 'write_atomic', 'same_config',
-           'save_pretrained', 'read_weights', 'build_model', 'load_pretrained']
+           'decode_activation', 'decode_config', 'same_config', 'save_pretrained', 'read_weights', 'build_model',
+           'load_pretrained']
 
 # %% ../nbs/16_checkpoints.ipynb #imports
-import hashlib, json, os, secrets, time
-from collections.abc import Callable
-from contextlib import suppress
+import hashlib, json
 from pathlib import Path
 import torch
+from .atomic import write_atomic
 from .encoder_decoder import ReformerEncDec
 from .language_model import ReformerLM
 from .reformer import Reformer
@@ -101,45 +100,6 @@ def decode_config(
         raise ValueError(f'the checkpoint holds a model_class={name!r}, known are {", ".join(model_classes)}; '
                          'install a newer reformer_nb')
     return cls,{k: decode_activation(o) if k.endswith('ff_activation') else o for k,o in arguments.items()}
-
-# %% ../nbs/16_checkpoints.ipynb #sync-directory
-def sync_directory(
-    directory:Path, # a folder in which a file was renamed
-)->None:
-    "Have the entries of a folder written to disk, where the system can do that"
-    with suppress(OSError):
-        handle = os.open(directory, os.O_RDONLY)
-        try: os.fsync(handle)
-        finally: os.close(handle)
-
-# %% ../nbs/16_checkpoints.ipynb #remove-leftovers
-def remove_leftovers(
-    path:Path, # a file that is about to be written
-    *,
-    age:float=3600., # seconds since somebody wrote to what may be removed
-)->None:
-    "Remove unfinished files that killed writers of `path` left beside it"
-    for part in path.parent.iterdir():
-        if not (part.name.startswith(f'.{path.name}.') and part.suffix=='.part'): continue
-        with suppress(OSError):   # another process was faster, or it is not ours to remove
-            if time.time()-part.stat().st_mtime > age: part.unlink()
-
-# %% ../nbs/16_checkpoints.ipynb #write-atomic
-def write_atomic(
-    path:str|Path, # the file to make or to replace
-    write:Callable, # given a path, writes the content there
-)->None:
-    "Write a file so that readers, and an interruption, see either the old content or the new"
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(path)
-    part = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.part')
-    try:
-        write(part)
-        with open(part, 'rb+') as f: os.fsync(f.fileno())
-        os.replace(part, path)
-    finally: part.unlink(missing_ok=True)
-    sync_directory(path.parent)
 
 # %% ../nbs/16_checkpoints.ipynb #same-config
 def same_config(

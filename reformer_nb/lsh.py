@@ -15,7 +15,7 @@ from einops import einsum, rearrange
 from torch import Tensor, nn
 from .attention import check_masks, multiset_weights, rotate_queries, single_head_masks, unit_norm, zero_padding
 from .core import accept_names, as_mask, check_choice, check_int, check_rate, mask_value, pad_to_multiple, upcast
-from .hashing import BucketHasher
+from .hasher import BucketHasher
 from .sorting import add_look_back, chunk, look_backs, restore_order, sort_by_bucket, take_sorted, unchunk
 
 # %% ../nbs/04_lsh.ipynb #last-chunk

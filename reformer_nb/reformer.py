@@ -13,9 +13,10 @@ from pathlib import Path
 from torch import Tensor, nn
 from .core import Config, accept_names, check_int, check_rate
 from .cross_attention import CrossAttention, DecoderAttention, check_context, hide_padding
-from .feed_forward import Chunk, FeedForward, PreNorm, ProductKeyMemory, ReZero, ScaleNorm
-from .hashing import hash_factors
-from .reversible import ReversibleSequence
+from .feed_forward import Chunk, FeedForward, PreNorm, ReZero, ScaleNorm
+from .hasher import hash_factors
+from .product_keys import ProductKeyMemory
+from .reversible_sequence import ReversibleSequence
 from .self_attention import LSHSelfAttention, UpstreamWeights
 from .state import TextState, begin_stack
 

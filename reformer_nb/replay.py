@@ -11,6 +11,7 @@ __all__ = ['rng_state', 'set_rng_state', 'same_rng_state', 'replay_rng', 'replay
 # %% ../nbs/06b_replay.ipynb #imports
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
+import math
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
@@ -75,8 +76,8 @@ def autocast_settings(
 )->list: # of keyword arguments for torch.autocast
     "How autocast is set at this moment"
     kinds = [o for o in dict.fromkeys(('cpu', device.type)) if torch.amp.is_autocast_available(o)]
-    return [dict(device_type=o, enabled=torch.is_autocast_enabled(o), dtype=torch.get_autocast_dtype(o), cache_enabled=False)
-            for o in kinds]
+    return [dict(device_type=o, enabled=torch.is_autocast_enabled(o), dtype=torch.get_autocast_dtype(o),
+                 cache_enabled=False) for o in kinds]
 
 # %% ../nbs/06b_replay.ipynb #replay-autocast
 @contextmanager
@@ -140,8 +141,8 @@ def check_leaves(
         seen.add(node)
         todo += [o for o,_ in node.next_functions]
         if node.name()!='torch::autograd::AccumulateGrad': continue
-        raise RuntimeError(f'{name} uses a tensor {tuple(node.variable.shape)} that requires a gradient and would get none; '
-                           'make it a parameter, pass it as an argument, or detach it')
+        raise RuntimeError(f'{name} uses a tensor {tuple(node.variable.shape)} that requires a gradient and would get '
+                           'none; make it a parameter, pass it as an argument, or detach it')
 
 # %% ../nbs/06b_replay.ipynb #needs-grad
 def needs_grad(
@@ -161,8 +162,8 @@ def check_arguments(
     "Refuse containers of tensors that want a gradient"
     for k,v in args.items():
         if isinstance(v, Tensor) or not (torch.is_grad_enabled() and needs_grad(v)): continue
-        raise TypeError(f'{k} is a {type(v).__name__} that holds tensors which require gradients, and they would get none; '
-                        'pass each as a keyword argument of its own, or detach them')
+        raise TypeError(f'{k} is a {type(v).__name__} that holds tensors which require gradients, and they would get '
+                        'none; pass each as a keyword argument of its own, or detach them')
 
 # %% ../nbs/06b_replay.ipynb #check-output
 def check_output(
@@ -172,11 +173,14 @@ def check_output(
 )->None:
     "Refuse what cannot be added to a stream"
     if not isinstance(out, Tensor):
-        raise TypeError(f'{name} returned {type(out).__name__}, not a tensor; return the output alone, and a state by with_state')
+        raise TypeError(f'{name} returned {type(out).__name__}, not a tensor; return the output alone, '
+                        'and a state by with_state')
     if out.shape!=x.shape:
-        raise ValueError(f'{name} returned the shape {tuple(out.shape)} for {tuple(x.shape)}; keep it, since both streams have it')
+        raise ValueError(f'{name} returned the shape {tuple(out.shape)} for {tuple(x.shape)}; keep it, '
+                         'since both streams have it')
     if torch.promote_types(out.dtype, x.dtype)!=x.dtype:
-        raise TypeError(f'{name} returned {out.dtype}, more than the stream of {x.dtype} can hold; cast it to the dtype of the input')
+        raise TypeError(f'{name} returned {out.dtype}, more than the stream of {x.dtype} can hold; '
+                        'cast it to the dtype of the input')
 
 # %% ../nbs/06b_replay.ipynb #check-state
 def check_state(
@@ -191,12 +195,13 @@ def check_state(
 
 # %% ../nbs/06b_replay.ipynb #sample
 def sample(
-    x:Tensor, # of any shape
-    size:int=256, # how many values
-)->Tensor: # (size) at the most
+    x:Tensor, # (..., e)
+    size:int=256, # how many values, at the most
+)->Tensor: # (k) with k up to `size`
     "Values from all over `x`, in float32 or better"
-    flat = x.detach().flatten()
-    return upcast(flat[::len(flat)//size|1][:size].clone())
+    stride = max(1, -(-x.numel()//size))
+    while math.gcd(stride, x.shape[-1])>1: stride += 1
+    return upcast(x.detach().flatten()[::stride].clone())
 
 # %% ../nbs/06b_replay.ipynb #coarsest
 def coarsest(
@@ -251,7 +256,7 @@ class JoinBlocks(torch.autograd.Function):
 
 # %% ../nbs/06b_replay.ipynb #compute-in-blocks
 def compute_in_blocks(
-    fn:Callable, # called with a block of each tensor in `cut`, then those in `whole`; uses no other that wants a gradient
+    fn:Callable, # given a block of each tensor in `cut`, then those in `whole`; uses no other that wants a gradient
     cut:tuple, # tensors that are cut along `dim`
     whole:tuple=(), # tensors that every block needs
     *,

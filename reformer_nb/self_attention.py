@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from .attention import rotate_queries
 from .core import Config, accept_names, as_mask, check_choice, check_int, check_rate
-from .hashing import BucketHasher
+from .hasher import BucketHasher
 from .head_attention import attend_by_length, in_pieces, local_attention, weights_by_length
 from .lsh import backends, check_strict, choose_fused, keys_across, offset_buckets
 

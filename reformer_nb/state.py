@@ -14,7 +14,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from .attention import full_attention, rotate_queries, unit_norm, zero_padding
 from .core import as_mask, check_int
-from .hashing import assign_buckets, draw_hash
+from .buckets import assign_buckets
+from .hasher import draw_hash
 from .head_attention import local_attention
 from .lsh import attend_chunks, count_equal, merge_rounds
 from .self_attention import LSHSelfAttention, join_sequence

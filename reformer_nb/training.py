@@ -11,9 +11,10 @@ import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
+from .batches import bigram_bits, compressed_bits, windows
 from .core import check_choice, check_int
-from .data import Corpus, bigram_bits, compressed_bits, windows
-from .hashing import BucketHasher
+from .data import Corpus
+from .hasher import BucketHasher
 from .replay import replay_modes
 
 # %% ../nbs/18_training.ipynb #settings

@@ -3,7 +3,8 @@ import json, os, random, subprocess, sys, threading, time
 from itertools import product
 import pytest
 import torch
-from reformer_nb.checkpoints import encode_config, load_pretrained, named_tensors, save_pretrained, write_atomic
+from reformer_nb.atomic import write_atomic
+from reformer_nb.checkpoints import encode_config, load_pretrained, named_tensors, save_pretrained
 from reformer_nb.language_model import ReformerLM
 from torch import nn
 from grids import sample

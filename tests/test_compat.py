@@ -3,8 +3,9 @@ import subprocess, sys
 import pytest
 import reformer_nb
 import torch
-from reformer_nb.compat import as_angles, upstream_modules
+from reformer_nb.compat import upstream_modules
 from reformer_nb.positions import position_angles
+from reformer_nb.stand_ins import as_angles
 
 def run(code):
     res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

@@ -7,8 +7,8 @@ from threading import Thread
 import pytest
 import torch
 from reformer_nb import data
-from reformer_nb.data import batch_at, download, enwik8_corpus, fetch_zipped, files_corpus, load_corpus, split_of
-from reformer_nb.data import to_bytes, windows
+from reformer_nb.batches import batch_at, windows
+from reformer_nb.data import download, enwik8_corpus, fetch_zipped, files_corpus, load_corpus, split_of, to_bytes
 
 content = bytes(range(256))*2000   # 512000 bytes
 
@@ -228,7 +228,7 @@ def test_windows_predict_each_byte_once():
 
 def test_batches_do_not_depend_on_the_program():
     "The same bytes in another process, after other draws, from another number of threads"
-    code = ('import torch; from reformer_nb.data import batch_at; torch.manual_seed(3); torch.set_num_threads(2);'
+    code = ('import torch; from reformer_nb.batches import batch_at; torch.manual_seed(3); torch.set_num_threads(2);'
             'print(batch_at(torch.arange(250).to(torch.uint8), 7, batch_size=2, seq_len=5, seed=4).tolist())')
     found = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
     assert found.strip()==str(batch_at(torch.arange(250).to(torch.uint8), 7, batch_size=2, seq_len=5, seed=4).tolist())

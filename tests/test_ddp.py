@@ -4,7 +4,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from reformer_nb.feed_forward import FeedForward, PreNorm
-from reformer_nb.reversible import ReversibleSequence
+from reformer_nb.reversible_sequence import ReversibleSequence
 from reformer_nb.self_attention import LSHSelfAttention
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

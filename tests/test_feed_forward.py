@@ -6,8 +6,9 @@ from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from grids import sample
-from reformer_nb.feed_forward import Chunk, FeedForward, PreNorm, ProductKeyMemory, ReZero, ScaleNorm, best_pairs, in_pieces
-from reformer_nb.reversible import ReversibleSequence
+from reformer_nb.feed_forward import Chunk, FeedForward, PreNorm, ReZero, ScaleNorm, in_pieces
+from reformer_nb.product_keys import ProductKeyMemory, best_pairs
+from reformer_nb.reversible_sequence import ReversibleSequence
 from reformer_nb.self_attention import LSHSelfAttention
 
 def same(a, b, atol=0.): torch.testing.assert_close(a, b, rtol=0., atol=atol)

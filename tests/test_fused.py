@@ -7,7 +7,7 @@ import torch
 from reformer_nb import fused
 from reformer_nb.attention import lsh_attention_oracle
 from reformer_nb.fused import fused_lsh_attention
-from reformer_nb.hashing import BucketHasher
+from reformer_nb.hasher import BucketHasher
 from reformer_nb.lsh import lsh_attention
 
 def draw(*shape, seed=0, dtype=torch.double):

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from reformer_nb.hashing import (BucketHasher, assign_buckets, bucket_count, drop_entries, nearest_axes, nearest_axis, random_rotations,
-                                 single_hash_limit, split_count, split_counts)
+from reformer_nb.buckets import assign_buckets, bucket_count, single_hash_limit, split_count, split_counts
+from reformer_nb.hasher import BucketHasher, drop_entries
+from reformer_nb.hashing import nearest_axes, nearest_axis, random_rotations
 from reformer_nb.sorting import restore_order, sort_by_bucket, take_sorted
 
 few = settings(max_examples=25, deadline=None)

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 from reformer_nb.reformer import Reformer
-from reformer_nb.reversible import ReversibleSequence
+from reformer_nb.reversible_sequence import ReversibleSequence
 
 e,n = 6,5
 generator = torch.Generator().manual_seed(3)

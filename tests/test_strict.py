@@ -5,7 +5,7 @@ import grids
 import pytest
 import torch
 from reformer_nb.fused import fused_lsh_attention
-from reformer_nb.hashing import BucketHasher
+from reformer_nb.hasher import BucketHasher
 from reformer_nb.language_model import ReformerLM
 from reformer_nb.lsh import lsh_attention
 from reformer_nb.reformer import Reformer
