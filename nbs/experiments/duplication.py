@@ -153,7 +153,7 @@ def beside_paper(rows, chunk=128):
     for trained,theirs in paper.items():
         ours = select(rows, library='reformer_nb', trained=trained, length=1024, chunk=chunk, variant='', lr=1e-3)
         if not ours: continue
-        yield dict(trained=trained, who=f'ours, {len(ours)} seeds', **{k: with_spread([o[k] for o in ours]) for k in evaluations})
+        yield dict(trained=trained, who=f'ours, {len(ours)} seed{"s"*(len(ours)>1)}', **{k: with_spread([o[k] for o in ours]) for k in evaluations})
         yield dict(trained='', who='paper') | dict(zip(evaluations, theirs))
 
 def below_paper(rows, chunk=128):

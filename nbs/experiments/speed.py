@@ -83,10 +83,10 @@ example_options = dict(num_tokens=20000, dim=1024, max_seq_len=8192, heads=8, ls
                        n_hashes=4, ff_chunks=200, weight_tie=False, attn_chunks=8, num_mem_kv=128, twin_attention=False,
                        use_full_attn=False, full_attn_thres=1024, use_scale_norm=False)
 
-def example_step(who, depth=12):
+def example_step(who, depth=12, n=8192):
     "`reformer_pytorch`'s first example, with its options as given; their loss is that of the logits, ours the method"
     torch.manual_seed(0)
-    tokens = torch.randint(20000, (1, 8193))
+    tokens = torch.randint(20000, (1, n+1))
     if who=='reformer_nb':
         from reformer_nb import ReformerLM
         model = ReformerLM(depth=depth, **example_options)
@@ -188,7 +188,7 @@ def rounds(quick, threads):
         yield dict(who=w, n=n, rounds=r, **times, peak_mb=in_own_process(threads, 'layer', who=w, n=n, rounds=r)['peak'])
 
 def memory(quick, threads):
-    for n in [2**i for i in range(10, 13 if quick else 17)]:
+    for n in (1024, 4096) if quick else [2**i for i in range(10, 17)]:
         for who in contestants:
             if n<2**15 or who in ('reformer_nb', 'full attention') or not quick and n==2**15:
                 yield dict(who=who, n=n, **in_own_process(threads, 'layer', who=who, n=n))
@@ -197,27 +197,27 @@ small = dict(dim=256, heads=4, bucket_size=64, n_hashes=4)
 
 def depth(quick, threads):
     n = 1024 if quick else 4096
-    for reversible in (True, False):
+    for reversible,allocator in ((True, 'default'), (True, 'large blocks returned'), (False, 'default')):
         for d in (1, 4) if quick else (1, 2, 4, 8, 12, 24):
-            found = in_own_process(threads, 'model', n=n, vocabulary=256, depth=d, reversible=reversible, **small)
+            found = in_own_process(threads, 'model', allocator, n=n, vocabulary=256, depth=d, reversible=reversible, **small)
             buckets = 2*small['n_hashes']*small['heads']*n*d/2**20
-            yield dict(n=n, depth=d, reversible=reversible, **found, buckets=round(buckets, 2), rest=round(found['peak']-found['gradients']-buckets, 1))
+            yield dict(n=n, depth=d, reversible=reversible, **found, buckets=round(buckets, 2), rest=round(found['allocated']-found['gradients']-buckets, 1))
 
 def vocabulary(quick, threads):
     n = 1024 if quick else 4096
     for v in (256, 4096) if quick else (256, 1024, 4096, 16384, 65536, 262144):
         found = in_own_process(threads, 'model', n=n, vocabulary=v, depth=2, **small)
-        yield dict(n=n, vocabulary=v, **found, rest=round(found['peak']-found['gradients'], 1), all_logits=round(4*n*v/2**20, 1))
+        yield dict(n=n, vocabulary=v, **found, rest=round(found['allocated']-found['gradients'], 1), all_logits=round(4*n*v/2**20, 1))
 
 def example(quick, threads):
-    d = 1 if quick else 12
-    peaks = {who: in_own_process(threads, 'example', who=who, depth=d) for who in ('reformer_nb', 'reformer_pytorch')}
-    found = in_turns({who: example_step(who, d)[1] for who in peaks}, 1 if quick else 3, 60)
-    for who,peak in peaks.items(): yield dict(who=who, depth=d, **found[who], peak=peak['peak'], gradients=peak['gradients'], weights=peak['weights'])
+    options,who = dict(depth=1, n=2048) if quick else dict(depth=12, n=8192),('reformer_nb', 'reformer_pytorch')
+    peaks = {o: in_own_process(threads, 'example', who=o, count=False, **options) for o in who}
+    found = in_turns({o: example_step(o, **options)[1] for o in who}, 1 if quick else 3, 60)
+    for o in who: yield dict(who=o, **options, **found[o], **{k: peaks[o][k] for k in ('peak', 'gradients', 'weights', 'allocator')})
 
 def million(quick, threads):
     for n in (2**14,) if quick else (2**18, 2**20):
-        yield dict(n=n, **in_own_process(threads, 'model', n=n, vocabulary=256, dim=128, depth=2, heads=2, dim_head=64, n_hashes=2, bucket_size=64))
+        yield dict(n=n, **in_own_process(threads, 'model', count=False, n=n, vocabulary=256, dim=128, depth=2, heads=2, dim_head=64, n_hashes=2, bucket_size=64))
 
 parts = dict(layer=layer, core=core, rounds=rounds, memory=memory, depth=depth, vocabulary=vocabulary, example=example, million=million)
 
