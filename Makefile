@@ -1,4 +1,4 @@
-.PHONY: help setup demo lab export run readme docs check test test-all clean
+.PHONY: help setup demo lab export run readme docs check test test-all bench experiments clean
 PY ?= python3
 VENV ?= .venv
 N ?= 2
@@ -9,7 +9,7 @@ META = settings.ini setup.py pyproject.toml constraints.txt
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e
 
 help:      ## show this list
-	@sed -n 's/^\([a-z-]*\): .*## /\1	/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\): .*## /\1	/p' $(MAKEFILE_LIST) | expand -t 13
 setup:     $(VENV)/.dev ## install the package and all tools into .venv
 demo:      $(VENV)/.train ## train a small Reformer and let it write, in a few minutes on a CPU
 	rm -rf out/demo
@@ -30,6 +30,10 @@ test:      check ## the check, then every notebook and tests/
 	$(PYTEST)
 test-all:  check ## the same with whole grids and slow cells and tests
 	$(PYTEST) --all --flags "slow $(FLAGS)"
+bench:     $(VENV)/.dev ## time and memory beside the peers -> nbs/experiments/results; ARGS=--quick takes minutes
+	$(BIN)/python nbs/experiments/speed.py $(ARGS)
+experiments: $(VENV)/.dev ## what the tables of nbs/experiments still lack, in hours
+	$(BIN)/python nbs/experiments/duplication.py small ablation table half peers
 clean:     ## remove what builds and runs leave; .venv stays
 	rm -rf _proc build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis
 

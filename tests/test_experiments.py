@@ -1,0 +1,107 @@
+"What the notebooks of nbs/experiments read and draw: records, the duplication task, time and memory"
+import sys
+from dataclasses import replace
+import peer
+import pytest
+import torch
+from nbdev.config import get_config
+
+sys.path.insert(0, str(get_config().nbs_path/'experiments'))
+import duplication, records, speed  # noqa: E402
+
+tiny = duplication.Run(length=64, chunk=16, steps=2)   # far too short to learn
+needs_peer = pytest.mark.skipif(bool(peer.missing()), reason=str(peer.missing()))
+
+# ---- records -------------------------------------------------------------------------------------------------------
+
+def test_rows_come_back_as_they_went(tmp_path):
+    path = tmp_path/'a.csv'
+    assert records.read(path) == []
+    records.append(path, dict(name='a, "b"', k=1), dict(name='', k=.5))
+    records.append(path, dict(name='c', k=''))
+    assert records.read(path) == [dict(name='a, "b"', k=1), dict(name='', k=.5), dict(name='c', k='')]
+    with pytest.raises(ValueError, match='move the old file away'): records.append(path, dict(name='d', other=1))
+
+# ---- duplication ---------------------------------------------------------------------------------------------------
+
+def test_the_second_word_alone_counts():
+    tokens = duplication.duplication_batch(0, batch_size=2, length=16)
+    def bets(wanted): return torch.nn.functional.one_hot(wanted, 128)*20.
+    right = bets(tokens.roll(-1, dims=1))
+    loss,accuracy = duplication.second_word(lambda x: right, tokens)
+    assert accuracy==1 and loss<1e-5
+    right[:,:8] = 0   # the first word, and the zero in the middle
+    assert duplication.second_word(lambda x: right, tokens)[1]==1
+    right[:,-2] = 0
+    assert duplication.second_word(lambda x: right, tokens)[1].item() == pytest.approx(6/7)
+
+def test_a_finished_run_is_not_repeated(tmp_path):
+    for run in (tiny, tiny, replace(tiny, seed=1), tiny): duplication.finish(run, tmp_path)
+    rows,curves = (records.read(tmp_path/f'duplication{o}.csv') for o in ('', '_curves'))
+    assert [o['seed'] for o in rows]==[0, 1] and [o['step'] for o in curves]==[2, 2]
+    assert all(0<=rows[0][k]<=100 for k in duplication.evaluations) and rows[0]['torch']==torch.__version__
+    assert [o['% at the end'] for o in duplication.progress(rows, curves)]==[o['accuracy'] for o in curves]
+
+def test_a_run_ends_early_and_says_when():
+    _,curve = duplication.train(replace(tiny, steps=200), stop_at=0.)
+    assert [o['step'] for o in curve]==[25]
+    assert duplication.first_above([dict(step=1, accuracy=99.), dict(step=2, accuracy=99.1)])==2
+    assert duplication.first_above([dict(step=1, accuracy=99.)])==''
+
+def test_the_table_and_what_is_below_it():
+    row = dict(library='reformer_nb', trained='LSH-1', length=1024, chunk=128, variant='', lr=.001, Full=1., **{'8': 99.9, '4': 99., '2': 95., '1': 70.})
+    rows = [row, dict(row, **{'1': 80.})]
+    shown = list(duplication.beside_paper(rows))
+    assert [o['1'] for o in shown]==['75.0 ± 7.1', 77.9] and shown[0]['8']=='99.9 ± 0.0' and shown[0]['who']=='ours, 2 seeds'
+    assert list(duplication.below_paper(rows))==[('LSH-1', '4', 99., 99.6), ('LSH-1', '1', 75., 77.9)]
+    assert list(duplication.beside_paper(rows, chunk=64))==list(duplication.below_paper(rows, chunk=64))==[]
+
+@needs_peer
+@pytest.mark.parametrize('library,variant', duplication.starts)
+def test_each_library_trains_with_its_rounds_and_is_evaluated_with_others(library, variant):
+    run = replace(tiny, library=library, variant=variant)
+    model,_ = duplication.train(run)
+    other = duplication.make(run, 4)
+    other.load_state_dict(model.state_dict())
+    tokens = duplication.duplication_batch(0, batch_size=2, length=64)
+    full = duplication.make(run, 0)
+    full.load_state_dict(model.state_dict())
+    with torch.no_grad(): a,b,c = (o.eval()(tokens) for o in (model, other, full))
+    assert a.shape==(2, 64, 128) and not torch.equal(a, b) and not torch.equal(b, c)
+    changed = tokens.clone()
+    changed[:,40:] = 1
+    with torch.no_grad(): assert torch.allclose(full(changed)[:,:40], c[:,:40], atol=1e-5)   # full attention sees no later token
+
+# ---- speed ---------------------------------------------------------------------------------------------------------
+
+def test_full_attention_is_what_it_says():
+    torch.manual_seed(0)
+    model,x = speed.FullAttention(6, 4),torch.randn(1, 6, 512)
+    q,v = (f(x).view(6, 8, 64).transpose(0, 1) for f in (model.toqk, model.tov))
+    scores = (q@(q/q.norm(dim=-1, keepdim=True)).mT).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    torch.testing.assert_close(model(x)[0], model.to_out((scores.softmax(-1)@v).transpose(0, 1).flatten(1)))
+
+@needs_peer
+@pytest.mark.parametrize('who', speed.contestants)
+def test_each_contestant_takes_a_step(who):
+    leaves,step = speed.layer_step(who, 256, 2)
+    forward,both = speed.timed(step)
+    assert 0<forward<both and step()[0].shape==(1, 256, 512)
+    assert all(o.grad is not None for o in leaves)
+
+def test_turns_are_taken():
+    order,one = [],torch.ones(1, requires_grad=True)
+    def step(name): return lambda: (order.append(name), (one*1, None))[1]
+    found = speed.in_turns(dict(a=step('a'), b=step('b')), repeats=2, budget=60)
+    assert order==list('ababab') and found['a']['repeats']==2 and 0<=found['b']['forward']<=found['b']['both']
+    assert speed.in_turns(dict(a=step('a')), repeats=9, budget=0)['a']['repeats']==3
+
+def test_what_tensors_take_is_counted():
+    x = torch.randn(2**20, requires_grad=True)   # 4 MB
+    assert speed.most_allocated(lambda: (x.exp().sum(), None)) == pytest.approx(2*2**22, rel=.01)   # the result and the gradient
+
+@pytest.mark.skipif(sys.platform!='linux', reason='peak memory is read from /proc')
+def test_memory_of_a_process_of_its_own():
+    found = speed.in_own_process(1, 'layer', who='full attention', n=2048)
+    assert found['gradients']==found['weights']==pytest.approx(3+4, abs=.1)   # three matrices of 512 x 512, and 2048 x 512 inputs
+    assert .7*found['allocated']<found['peak']<5*found['allocated'] and found['seconds']>0
