@@ -405,6 +405,8 @@ def check_kernel_inputs(
                             'convert it, or use fused_lsh_attention')
         if x.shape[-1]>256:
             raise ValueError(f'{name} has rows of width {x.shape[-1]}, but a tile holds 256 at most; use more heads, or fused_lsh_attention')
+    if torch.bfloat16 in (qk.dtype,v.dtype) and triton.knobs.runtime.interpret:
+        raise TypeError("Triton's interpreter multiplies the bits of bfloat16 as if they were integers; convert to float32")
     if strict and attend_across_buckets:
         raise ValueError('strict=True sees keys of the own bucket only; pass attend_across_buckets=False')
 

@@ -178,7 +178,8 @@ def visible(
     keys, # from the other one
 ): # (tile, tile) bool
     "Which keys a query may see"
-    (q_round,q_place,i),(k_round,k_place,j) = queries,keys
+    q_round,q_place,i = queries
+    k_round,k_place,j = keys
     see = (i>=0) & (i<call.ask) & (j>=0) & (i!=j)
     if call.causal: see &= (j<i) | (j>=call.ask)
     if call.strict: see &= (k_place<q_place) & (q_place<=k_place+call.m)
@@ -232,8 +233,8 @@ def kept(
     back:constexpr, # 1 where the keys are those of the chunk before
 ): # (tile, tile) bool
     "Which weights dropout keeps"
-    (round,q_place,_),(_,k_place,_) = queries,keys
-    own,before,_,_ = tl.philox(call.seed, q_place, k_place%call.m, bh, round)
+    round,q_place,_ = queries
+    own,before,_,_ = tl.philox(call.seed, q_place, keys[1]%call.m, bh, round)
     return ((before if back else own).to(tl.int32, bitcast=True)>>16)>=call.limit
 
 # %% ../nbs/05c_triton_tiles.ipynb #scores
