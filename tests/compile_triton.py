@@ -5,7 +5,8 @@ from triton.backends.compiler import GPUTarget
 from triton.language import constexpr
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
-from reformer_nb.triton_lsh import backward_kernel, delta_kernel, forward_kernel, n_warps, tile_rows
+from reformer_nb.triton_forward import forward_kernel, n_warps, tile_rows
+from reformer_nb.triton_lsh import backward_kernel, delta_kernel
 from reformer_nb.triton_tiles import Call
 
 class Absent:
@@ -38,7 +39,7 @@ def compiled(dtype, m, d, rare):
 
 if __name__=='__main__':
     driver.set_active(Absent())
-    cases = [(torch.bfloat16, 64, 64, False), (torch.bfloat16, 16, 16, True)]
+    cases = [(torch.bfloat16, 64, 64, False)]
     if '--all' in sys.argv:
         cases += [(dtype, m, d, rare) for dtype in (torch.bfloat16, torch.float16, torch.float32) for m,d in ((16, 16), (128, 64), (64, 128), (64, 256))
                   for rare in (False, True)]

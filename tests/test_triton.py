@@ -1,15 +1,16 @@
 "The GPU kernels under Triton's interpreter, or on a GPU where there is one; and whether they compile for one"
-import os, subprocess, sys
+import os, random, runpy, subprocess, sys
 import torch
 if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'   # before Triton is imported
 from itertools import product
 import grids
 import pytest
 pytest.importorskip('triton')
-from reformer_nb import triton_lsh
+from reformer_nb import triton_forward, triton_tiles
 from reformer_nb.attention import lsh_attention_oracle, multiset_weights, sorted_rank, visible_pairs, weighted_values
 from reformer_nb.hashing import BucketHasher
-from reformer_nb.triton_lsh import tile_rows, triton_lsh_attention
+from reformer_nb.triton_forward import tile_rows
+from reformer_nb.triton_lsh import triton_lsh_attention
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
 
@@ -59,8 +60,9 @@ def strict_oracle(qk, v, buckets, *, bucket_size, causal=False, mask=None, scale
 
 grid = list(product((1, 13, 20), (5, 8, 16), (1, 2, 3), (False, True), ('none', 'round', 'rounds'), (True, False), (True, False),
                     ('none', 'end', 'holes'), (1., .6), (False, True), (False, True)))
+grid = random.Random(0).sample(grid, 400)   # the interpreter takes seconds for a case: all of them would take hours
 
-@pytest.mark.parametrize('n,m,r,causal,look_back,across,duplicates,mask,ask,silent,pairs', grids.sample(grid, 16))
+@pytest.mark.parametrize('n,m,r,causal,look_back,across,duplicates,mask,ask,silent,pairs', grids.sample(grid, 12))
 def test_kernels_equal_the_oracle(n, m, r, causal, look_back, across, duplicates, mask, ask, silent, pairs):
     inputs,options = case_inputs(n, m, r, mask, ask, silent, pairs)
     options |= dict(causal=causal, look_back=look_back, attend_across_buckets=across, allow_duplicate_attention=duplicates)
@@ -76,17 +78,16 @@ def test_strict_equals_explicit_masks(n, m, r, causal, duplicates, mask, ask, si
 
 def tiles_of(monkeypatch, budget):
     "Let tiles have what rows fit into `budget` bytes"
-    monkeypatch.setattr(triton_lsh, 'tile_rows', lambda m, row, _: tile_rows(m, row, budget))
+    monkeypatch.setattr(triton_forward, 'tile_rows', lambda m, row, _: tile_rows(m, row, budget))
 
-@pytest.mark.parametrize('look_back', ('round', 'rounds'))
-def test_tiles_change_nothing(monkeypatch, look_back):
+def test_tiles_change_nothing(monkeypatch):
     "Chunks of 18 in one tile and in two, dropout included"
     (qk,v,_),options = case_inputs(22, 18, 2, 'none', 1., False, False)
     found,buckets = [],BucketHasher(2, 18).eval()(qk)
     for budget in (1, 2**20):
         tiles_of(monkeypatch, budget)
         torch.manual_seed(0)
-        found.append(results(triton_lsh_attention, qk, v, buckets, **options, dropout=.3, look_back=look_back))
+        found.append(results(triton_lsh_attention, qk, v, buckets, **options, dropout=.3, look_back='rounds'))
     compare(*found, rtol=0, atol=1e-5)
 
 def test_rows_heads_and_layouts():
@@ -151,22 +152,13 @@ def test_second_derivatives_raise():
     with pytest.raises(RuntimeError, match='second derivatives'): dqk.pow(2).sum().backward()
 
 def test_kernels_compile_for_an_h100(tmp_path):
-    "Without a GPU: what stays in registers for the sizes that matter, and that the rarer options compile at all"
+    "Without a GPU: what stays in registers; under --all also that the rarer options and sizes compile"
     env = {k: v for k,v in os.environ.items() if k!='TRITON_INTERPRET'} | dict(TRITON_CACHE_DIR=str(tmp_path))
     args = ['--all'] if grids.whole else []
     res = subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), 'compile_triton.py'), *args], env=env, capture_output=True, text=True)
     assert not res.returncode, res.stdout+res.stderr
 
-def test_says_what_to_install():
-    "In a process that cannot import Triton"
-    code = '''
-import sys
-sys.modules['triton'] = None
-import torch
-from reformer_nb.triton_lsh import triton_lsh_attention
-x = torch.ones(1, 1, 8, 4)
-try: triton_lsh_attention(x, x, torch.zeros(1, 1, 1, 8, dtype=torch.int16))
-except ImportError as e: assert 'pip install' in str(e)
-else: raise AssertionError('ran without Triton')'''
-    res = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
-    assert not res.returncode, res.stderr
+def test_without_triton_the_tiles_import_and_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'triton', None)   # any import of it fails
+    names = runpy.run_path(triton_tiles.__file__)
+    with pytest.raises(ImportError, match='pip install triton'): names['check_triton'](draw(1))
