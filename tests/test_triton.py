@@ -1,0 +1,164 @@
+"The GPU kernels under Triton's interpreter, or on a GPU where there is one; and whether they compile for one"
+import os, random, runpy, subprocess, sys
+import torch
+if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'   # before Triton is imported
+from itertools import product
+import grids
+import pytest
+pytest.importorskip('triton')
+from reformer_nb import triton_forward, triton_tiles
+from reformer_nb.attention import lsh_attention_oracle, multiset_weights, sorted_rank, visible_pairs, weighted_values
+from reformer_nb.hashing import BucketHasher
+from reformer_nb.triton_forward import tile_rows
+from reformer_nb.triton_lsh import triton_lsh_attention
+
+device = 'cuda' if torch.cuda.is_available() else 'cpu'
+
+def draw(*shape, seed=0, dtype=torch.float):
+    "Normal numbers that depend on the seed alone"
+    return torch.randn(*shape, dtype=torch.double, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+def chance(*shape, rate, seed=0):
+    "True with probability `rate`"
+    return (torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) < rate).to(device)
+
+def masks(kind, b, n):
+    "No mask, padding at the end of a row, or holes"
+    if kind=='none': return None
+    return (torch.arange(n) < torch.tensor([[max(1, n//2)], [n]])[:b]).to(device) if kind=='end' else chance(b, n, rate=.6, seed=n)
+
+def results(f, qk, v, buckets, **options):
+    "Output and gradients"
+    x,y = (o.clone().requires_grad_() for o in (qk, v))
+    out = f(x, y, buckets, **options)
+    weights = draw(*out.shape, seed=9, dtype=torch.double).to(out.dtype)
+    return out,*torch.autograd.grad((out*weights).sum(), (x, y), allow_unused=True, materialize_grads=True)
+
+def compare(found, wanted, **tolerance):
+    for a,b in zip(found, wanted): torch.testing.assert_close(a, b, **tolerance)
+
+def case_inputs(n, m, r, mask, ask, silent, pairs, b=1):
+    "Small inputs, and the options that depend on their size"
+    qk,v = draw(b, 1, n, 6, seed=1),draw(b, 1, n, 5, seed=2)
+    mask,query_len = masks(mask, b, n),max(1, int(ask*n))
+    options = dict(bucket_size=m, mask=mask, scale=.7, query_len=query_len, key_mask=chance(b, n, rate=.7) if silent else None,
+                   attn_mask=chance(b, query_len, n, rate=.6) if pairs else None)
+    return (qk,v,BucketHasher(r, m).eval()(qk, mask)),options
+
+def strict_oracle(qk, v, buckets, *, bucket_size, causal=False, mask=None, scale=1., allow_duplicate_attention=True, query_len=None,
+                  key_mask=None, attn_mask=None, attend_across_buckets=False, strict=True):
+    "Strict attention from explicit (n, n) masks"
+    n = qk.shape[2]
+    if mask is not None: buckets = buckets.masked_fill(~mask[:,None,None], torch.iinfo(buckets.dtype).max)
+    rank = sorted_rank(buckets)
+    gap = rank[...,:,None]-rank[...,None,:]
+    counts = ((gap>0) & (gap<=bucket_size) & (buckets[...,:,None]==buckets[...,None,:])).sum(2)[:,:,:query_len]
+    counts = counts*visible_pairs(n, causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, device=qk.device)
+    if not allow_duplicate_attention: counts = counts.clamp(max=1)
+    if mask is not None: qk = qk.masked_fill(~mask[:,None,:,None], 0)
+    return weighted_values(multiset_weights(qk, counts, scale=scale), v, mask, key_mask)
+
+grid = list(product((1, 13, 20), (5, 8, 16), (1, 2, 3), (False, True), ('none', 'round', 'rounds'), (True, False), (True, False),
+                    ('none', 'end', 'holes'), (1., .6), (False, True), (False, True)))
+grid = random.Random(0).sample(grid, 400)   # the interpreter takes seconds for a case: all of them would take hours
+
+@pytest.mark.parametrize('n,m,r,causal,look_back,across,duplicates,mask,ask,silent,pairs', grids.sample(grid, 12))
+def test_kernels_equal_the_oracle(n, m, r, causal, look_back, across, duplicates, mask, ask, silent, pairs):
+    inputs,options = case_inputs(n, m, r, mask, ask, silent, pairs)
+    options |= dict(causal=causal, look_back=look_back, attend_across_buckets=across, allow_duplicate_attention=duplicates)
+    compare(*(results(f, *inputs, **options) for f in (triton_lsh_attention, lsh_attention_oracle)), rtol=0, atol=1e-4)
+
+strict_grid = list(product((13, 20), (5, 8), (1, 2), (True, False), (True, False), ('none', 'holes'), (1., .6), (False, True)))
+
+@pytest.mark.parametrize('n,m,r,causal,duplicates,mask,ask,silent', grids.sample(strict_grid, 4))
+def test_strict_equals_explicit_masks(n, m, r, causal, duplicates, mask, ask, silent):
+    inputs,options = case_inputs(n, m, r, mask, ask, silent, pairs=False)
+    options |= dict(causal=causal, allow_duplicate_attention=duplicates, strict=True, attend_across_buckets=False)
+    compare(*(results(f, *inputs, **options) for f in (triton_lsh_attention, strict_oracle)), rtol=0, atol=1e-4)
+
+def tiles_of(monkeypatch, budget):
+    "Let tiles have what rows fit into `budget` bytes"
+    monkeypatch.setattr(triton_forward, 'tile_rows', lambda m, row, _: tile_rows(m, row, budget))
+
+def test_tiles_change_nothing(monkeypatch):
+    "Chunks of 18 in one tile and in two, dropout included"
+    (qk,v,_),options = case_inputs(22, 18, 2, 'none', 1., False, False)
+    found,buckets = [],BucketHasher(2, 18).eval()(qk)
+    for budget in (1, 2**20):
+        tiles_of(monkeypatch, budget)
+        torch.manual_seed(0)
+        found.append(results(triton_lsh_attention, qk, v, buckets, **options, dropout=.3, look_back='rounds'))
+    compare(*found, rtol=0, atol=1e-5)
+
+def test_rows_heads_and_layouts():
+    "Two rows of different length and two heads, memory in any order, gradients in the same"
+    qk,v = draw(2, 2, 12, 16, seed=1),draw(2, 2, 12, 20, seed=2)
+    mask = masks('end', 2, 12)
+    inputs,options = (qk,v,BucketHasher(1, 8).eval()(qk, mask)),dict(bucket_size=8, causal=True, mask=mask, look_back='round')
+    found = results(triton_lsh_attention, *inputs, **options)
+    compare(found, results(lsh_attention_oracle, *inputs, **options), rtol=0, atol=1e-4)
+    other = (qk.transpose(1, 2).contiguous().transpose(1, 2),v.mT.contiguous().mT,inputs[2])
+    compare(found, results(triton_lsh_attention, *other, **options), rtol=0, atol=0)
+
+interpreter_lacks_it = pytest.param(torch.bfloat16, 2**-6, marks=pytest.mark.cuda)   # multiplies its bits as integers
+
+@pytest.mark.parametrize('dtype,bound', (interpreter_lacks_it, (torch.half, 2**-9)))
+def test_half_precision_is_that_of_its_inputs(dtype, bound):
+    qk,v = draw(1, 1, 32, 16, seed=3, dtype=dtype),draw(1, 1, 32, 16, seed=4, dtype=dtype)
+    buckets,options = BucketHasher(2, 16).eval()(qk),dict(bucket_size=16, causal=True)
+    found = results(triton_lsh_attention, qk, v, buckets, **options)
+    wanted = results(lsh_attention_oracle, qk.double(), v.double(), buckets, **options)
+    for a,b in zip(found, wanted):
+        assert a.dtype==dtype
+        assert (a-b).norm() < bound*b.norm()
+
+@pytest.mark.parametrize('size', (1e-3, 100.))
+def test_float32_of_all_sizes(size):
+    (qk,v,buckets),options = case_inputs(16, 8, 1, 'none', 1., False, False)
+    found = results(triton_lsh_attention, qk*size, v, buckets, **options)
+    wanted = results(lsh_attention_oracle, qk.double()*size, v.double(), buckets, **options)
+    for a,b in zip(found, wanted): assert (a-b).norm() < 1e-4*b.norm()
+
+def test_padding_is_never_read():
+    (qk,v,buckets),options = case_inputs(16, 8, 1, 'holes', 1., False, False)
+    hide = lambda x, fill: x.masked_fill(~options['mask'][:,None,:,None], fill)
+    found,wanted = (results(triton_lsh_attention, hide(qk, fill), hide(v, fill), buckets, **options) for fill in (torch.nan, 0))
+    compare(found, wanted, rtol=0, atol=0)
+
+def test_dropout_equals_a_replayed_mask():
+    "Unit values make the mask visible: kept weights are 1/(1-p) times what they were; the backward pass uses the same"
+    n,p = 32,.25
+    qk,unit = draw(1, 1, n, 6, seed=7),torch.eye(n, device=device).expand(1, 1, n, n)
+    buckets,options = BucketHasher(1, 16).eval()(qk),dict(bucket_size=16)
+    def seeded(qk, v, buckets):
+        torch.manual_seed(1)
+        return triton_lsh_attention(qk, v, buckets, dropout=p, **options)
+    plain = triton_lsh_attention(qk, unit, buckets, **options)
+    keep = seeded(qk, unit, buckets)/plain.where(plain>0, 1)
+    assert ((keep==0) | (keep-1/(1-p)).abs().lt(1e-5)).all()
+    assert abs(keep[plain>0].count_nonzero()/plain.count_nonzero()-(1-p)) < .08
+    def replayed(qk, v, buckets): return (lsh_attention_oracle(qk, unit, buckets, **options)*keep) @ v
+    v = draw(1, 1, n, 5, seed=8)
+    compare(results(seeded, qk, v, buckets), results(replayed, qk, v, buckets), rtol=0, atol=1e-5)
+
+def test_backward_twice_is_the_same():
+    inputs,options = case_inputs(16, 8, 2, 'none', 1., False, False)
+    compare(*(results(triton_lsh_attention, *inputs, causal=True, **options) for _ in range(2)), rtol=0, atol=0)
+
+def test_second_derivatives_raise():
+    (qk,v,buckets),options = case_inputs(8, 8, 1, 'none', 1., False, False)
+    qk.requires_grad_()
+    dqk, = torch.autograd.grad(triton_lsh_attention(qk, v, buckets, **options).sum(), qk, create_graph=True)
+    with pytest.raises(RuntimeError, match='second derivatives'): dqk.pow(2).sum().backward()
+
+def test_kernels_compile_for_an_h100(tmp_path):
+    "Without a GPU: what stays in registers; under --all also that the rarer options and sizes compile"
+    env = {k: v for k,v in os.environ.items() if k!='TRITON_INTERPRET'} | dict(TRITON_CACHE_DIR=str(tmp_path))
+    args = ['--all'] if grids.whole else []
+    res = subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), 'compile_triton.py'), *args], env=env, capture_output=True, text=True)
+    assert not res.returncode, res.stdout+res.stderr
+
+def test_without_triton_the_tiles_import_and_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'triton', None)   # any import of it fails
+    names = runpy.run_path(triton_tiles.__file__)
+    with pytest.raises(ImportError, match='pip install triton'): names['check_triton'](draw(1))
