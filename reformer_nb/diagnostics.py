@@ -133,7 +133,7 @@ def slope_errors(
     grads:dict, # {name: gradient} as autograd found them
     names:list, # of the tensors to move, together
     *,
-    steps:tuple=(1e-5,1e-6), # the smaller error counts: a step may cross a border of a hash bucket
+    steps:tuple=(1e-5,1e-6,1e-7), # the smallest error counts: a step may cross a border of a hash bucket
 )->float: # share of the larger of both slopes
     "How far the slope of the loss along a direction is from what the gradients say"
     gen,direction = torch.Generator().manual_seed(1),{}
@@ -166,10 +166,10 @@ def check_gradients(
     worst = max(errors, key=errors.get)
     if not errors[worst]<=tol or not slopes: return Verdict(errors[worst], tol, f'reversible against plain: {worst}', errors)
     names = [k for k in plain if plain[k].numel()]
-    if (together := slope_errors(trial, plain, names))<=100*tol: return Verdict(errors[worst], tol, f'reversible against plain: {worst}', errors)
+    if slope_errors(trial, plain, names)<=100*tol: return Verdict(errors[worst], tol, f'reversible against plain: {worst}', errors)
     errors = {k: slope_errors(trial, plain, [k]) for k in names}
     worst = max(errors, key=errors.get)
-    return Verdict(max(errors[worst], together), 100*tol, f'autograd against differences of the loss: {worst}', errors)
+    return Verdict(errors[worst], 100*tol, f'autograd against differences of the loss: {worst}', errors)
 
 # %% ../nbs/15_diagnostics.ipynb #other-tokens
 def other_values(
@@ -269,7 +269,7 @@ def row_recall(
     weights,reached = weights*pairs,(call.counts(rows)>0) & pairs
     top = weights.topk(min(top_k, weights.shape[-1])).indices
     wanted = pairs.expand_as(weights).gather(-1, top)
-    found = (reached.expand_as(weights).gather(-1, top) & wanted).sum(-1)
+    found = (reached.expand_as(weights).gather(-1, top) & wanted).sum(-1, dtype=weights.dtype)
     lonely = ~pairs.any(-1)
     return tuple((o/all_).masked_fill(lonely, math.nan) for o,all_ in (((weights*reached).sum(-1), 1), (found, wanted.sum(-1))))
 
@@ -325,7 +325,8 @@ def attention_recall(
     for number,(name,layer,raw,call) in enumerate(heard):
         rows = torch.randperm(call.query_len, generator=torch.Generator().manual_seed(seed))[:queries].sort().values.to(raw.device)
         for r,m in product(n_hashes or (layer.hasher.n_hashes,), bucket_size or (layer.hasher.bucket_size,)):
-            found = row_recall(rehash(layer, raw, call, number, r, m), rows, top_k)
+            tried = rehash(layer, raw, call, number, r, m) if n_hashes or bucket_size else call
+            found = row_recall(tried, rows, top_k)
             mass,top = (o.transpose(0, 1).flatten(1).nanmean(-1).tolist() for o in found)
             res += [dict(layer=number, name=name, head=layer.n_local_attn_heads+h, n_hashes=r, bucket_size=m, mass=a, top=b)
                     for h,(a,b) in enumerate(zip(mass, top))]
