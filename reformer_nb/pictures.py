@@ -125,7 +125,7 @@ def plot_occupancy(
     ax.bar(at, sizes.clamp(max=m), color='#0072B2', label='fits a chunk')
     ax.bar(at, (sizes-m).clamp(min=0), bottom=sizes.clamp(max=m), color='#E69F00', label='overflow')
     ax.axhline(m, color='#333333', lw=.8, ls='--')
-    ax.set(xlabel='buckets, the fullest first', ylabel='tokens', title=f'layer {entry["layer"]}, head {entry["heads"][head]}, round {order}')
+    ax.set(xlabel='buckets, the fullest first', ylabel='tokens', xticks=[], title=f'layer {entry["layer"]}, head {entry["heads"][head]}, round {order}')
     ax.legend(frameon=False, title=f'overflow {overflow(sizes, m):.0%}', fontsize=8, title_fontsize=8)
     return ax
 
@@ -186,8 +186,9 @@ def plot_moves(
     import matplotlib.pyplot as plt
     passes = list(recordings.values())
     ax = ax or plt.subplots(figsize=(4.6, 2.6))[1]
-    for i,(colour,marker) in zip(range(len(passes[0])), [(c, m) for m in 'os^D' for c in ('#0072B2', '#E69F00', '#009E73', '#CC79A7')]):
-        ax.plot((steps or range(len(passes)))[1:], moved_share([o[i] for o in passes]), color=colour, marker=marker, ms=4.5, label=f'layer {passes[0][i]["layer"]}')
+    for i,entry in enumerate(passes[0]):
+        ax.plot((steps or range(len(passes)))[1:], moved_share([o[i] for o in passes]), color=('#0072B2', '#E69F00', '#009E73', '#CC79A7')[i%4],
+                marker='os^D'[i%4], ls=('-', '--', ':')[i//4%3], ms=4.5, label=f'layer {entry["layer"]}')
     ax.set(xlabel='training step' if steps else 'recording', ylabel='share of tokens\nin another bucket', ylim=(0,1))
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -75,14 +75,14 @@ def measure(
     threads:int|None=None, # for torch; None means as many as this process uses
 )->list: # of (seconds, peak bytes)
     "Run each case in a process of its own"
-    if not hasattr(os, 'fork'): raise NotImplementedError('the planner measures in forked processes, which this system does not have; use Linux or macOS')
+    if not hasattr(os, 'fork'): raise OSError('the planner measures in forked processes, which this system does not have; use Linux or macOS')
     cmd = [sys.executable, '-c', 'from reformer_nb.planner import fork_cases; fork_cases()']
     path = os.pathsep.join(o for o in sys.path if o)
     got = subprocess.run(cmd, input=json.dumps([threads or torch.get_num_threads(), cases]), capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': path})
-    if got.returncode: raise RuntimeError(f'the process that measures has failed: {got.stderr.strip()[-500:]}')
+    if got.returncode: raise ChildProcessError(f'the process that measures has failed: {got.stderr.strip()[-500:]}')
     results = [json.loads(o) for o in got.stdout.splitlines()]
     for case,o in zip(cases, results):
-        if isinstance(o, str): raise RuntimeError(f'a step of {case[2]} rows of {case[1]} tokens could not be measured: {o}')
+        if isinstance(o, str): raise ChildProcessError(f'a step of {case[2]} rows of {case[1]} tokens could not be measured: {o}')
     return [tuple(o) for o in results]
 
 # %% ../nbs/15b_planner.ipynb #probe-sizes

@@ -62,13 +62,16 @@ def watch_layers(
     "While this lasts, attention layers hand over what they attend with; afterwards they are as before"
     layers = {k: o for k,o in attention_layers(net).items() if names is None or k in names}
     found = [(o, o.callback, vars(o).get('report')) for o in layers.values()]
-    for k,o in layers.items(): o.report,o.callback = partial(hear, k, o),hear
+    def relay(name, layer, others, *call):
+        hear(name, layer, *call)
+        if others: others(*call)   # who watches too
+    for k,(o,_,others) in zip(layers, found): o.report,o.callback = partial(relay, k, o, others),relay
     try: yield
     finally:
-        for o,callback,report in found:
+        for o,callback,others in found:
             del o.report
             o.callback = callback
-            if report: o.report = report
+            if others: o.report = others
 
 # %% ../nbs/14_recorder.ipynb #new-entry
 def label_columns(
@@ -184,6 +187,13 @@ class Recorder(Recordings):
     def __exit__(self, *error):
         for o in self.hooks: o.remove()
         self.hooks = ()
+
+    def __getattr__(self, name):
+        found = super().__getattr__(name)
+        if name not in ('embed', 'loss', 'generate'): return found
+        def call(*args, **named):   # methods of the model that run it
+            with nullcontext() if self.hooks else self: return found(*args, **named)
+        return call
 
     def forward(self,
         *args:Tensor, # of the model

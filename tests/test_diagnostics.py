@@ -1,11 +1,11 @@
 "Diagnostics: models that are right, models that are wrong on purpose, and recall against a count"
-import copy, math
+import math
 from itertools import product
 import pytest, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from reformer_nb.attention import lsh_attention_oracle
-from reformer_nb.diagnostics import attention_recall, check_causality, check_gradients, check_padding, row_recall
+from reformer_nb.diagnostics import attention_recall, check_causality, check_gradients, check_padding, listen, row_recall
 from reformer_nb.encoder_decoder import ReformerEncDec
 from reformer_nb.hashing import BucketHasher
 from reformer_nb.language_model import ReformerLM
@@ -157,17 +157,22 @@ def test_recall_equals_a_count(causal, duplicates):
             torch.testing.assert_close(got[real], want[real], rtol=0, atol=1e-10, equal_nan=True)
             assert got[~real].isnan().all()
 
+def full_weights(model, layer):
+    "What a layer would attend to in full, given what it is fed"
+    with torch.no_grad(), listen(model.eval()) as heard: model(tokens)
+    call = heard[layer][-1]
+    return call._replace(buckets=None).weights(torch.arange(24)) * ~torch.eye(24, dtype=torch.bool)
+
 def test_recall_of_own_buckets_is_that_of_the_recording():
     model = new_model(full_attn_thres=0, causal=False)
     with torch.no_grad(), Recorder(model.eval()) as recorder: model(tokens)
     rows = attention_recall(model.train(), tokens, queries=24, top_k=1)
     assert model.training and all(o.callback is None and 'report' not in vars(o) for o in attention_layers(model).values())
-    full = copy.deepcopy(model).eval()
     for entry in recorder.recordings[0]:
-        reached = entry['attn']>0
+        best = full_weights(model, entry['layer']).argmax(-1, keepdim=True)
         for h in range(2):
             row = next(o for o in rows if (o['layer'], o['head'])==(entry['layer'], h))
-            assert 0<row['mass']<=1 and 0<=row['top']<=1
+            assert row['top']==pytest.approx((entry['attn'][:,h].gather(-1, best[:,h])>0).double().mean().item(), abs=1e-9)
     assert [(o['layer'], o['head'], o['n_hashes'], o['bucket_size']) for o in rows]==[(i, h, 2, 4) for i in (0,1) for h in (0,1)]
 
 def test_recall_rises_and_ends_at_one():
