@@ -2,8 +2,14 @@
 import copy, pickle
 import pytest, torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from reformer_nb.attention import lsh_attention_oracle
+from reformer_nb.encoder_decoder import ReformerEncDec
+from reformer_nb.generation import TrainingWrapper
 from reformer_nb.language_model import ReformerLM
-from reformer_nb.recorder import Recorder, by_round, sorted_order
+from reformer_nb.pictures import summarize
+from reformer_nb.recorder import Recorder, attention_layers, by_round, sorted_order
+from reformer_nb.reformer import Autopadder
 from reformer_nb.self_attention import LSHSelfAttention
 
 def new_model(**options):
@@ -78,3 +84,116 @@ def test_order():
 
 def test_nothing_to_record():
     with pytest.raises(ValueError, match='nothing to record'): Recorder(nn.Linear(2, 2))
+
+@pytest.mark.parametrize('options', (dict(), dict(use_full_attn=True), dict(look_back='rounds', lsh_allow_duplicate_attention=False), dict(n_local_attn_heads=1, num_mem_kv=3)))
+@pytest.mark.parametrize('training', (False, True))
+def test_sparse_rows_are_the_largest_of_the_dense_ones(options, training):
+    model = new_model(**options, rotations='fixed').train(training)
+    dense,sparse = (Recorder(model, top_k=k) for k in (None, 7))
+    dense(tokens), sparse(tokens)
+    for o,p in zip(dense.recordings[0], sparse.recordings[0]):
+        torch.testing.assert_close(p['attn'].weights, o['attn'].topk(7).values, rtol=0, atol=1e-6)
+        torch.testing.assert_close(o['attn'].gather(-1, p['attn'].keys.long()), p['attn'].weights, rtol=0, atol=1e-6)
+        assert torch.equal(o['buckets'], p['buckets']) and o['columns']==p['columns']
+        assert p['attn'].keys.dtype==torch.int32 and p['attn'].to_dense().shape==o['attn'].shape
+
+def test_layers_and_heads():
+    model = new_model(heads=3)
+    names = list(attention_layers(model))
+    everything,some = Recorder(model.eval()),Recorder(model.eval(), layers=[names[1]], heads=[2, 1])
+    everything(tokens), some(tokens)
+    (entry,),want = some.recordings[0],everything.recordings[0][1]
+    assert (entry['layer'], entry['name'], entry['heads'])==(1, names[1], [2, 1])
+    assert torch.equal(entry['buckets'], want['buckets'][:,[2,1]])
+    torch.testing.assert_close(entry['attn'], want['attn'][:,[2,1]], rtol=0, atol=1e-7)
+    for wrong in (dict(layers=[2]), dict(layers=['no']), dict(heads=[3]), dict(heads=[-1]), dict(heads=['0'])):
+        with pytest.raises(ValueError): Recorder(model, **wrong)
+
+def test_buckets_are_those_used():
+    model = new_model().eval()
+    used = []
+    handles = [o.hasher.register_forward_hook(lambda m, args, out: used.append(out)) for o in attention_layers(model).values()]
+    recorder = Recorder(model)
+    recorder(tokens)
+    for o in handles: o.remove()
+    for entry,ids in zip(recorder.recordings[0], used):
+        got = by_round(entry)
+        assert torch.equal(got - got.new_tensor([0, got[:,:,1].min()-ids[:,:,1].min()])[:,None], ids.long())
+
+@pytest.mark.parametrize('wrap', (lambda o: o, Autopadder, nn.DataParallel, lambda o: nn.Sequential(o)))
+def test_wrappers(wrap):
+    plain,wrapped = Recorder(new_model().eval()),Recorder(wrap(new_model().eval()))
+    outs = plain(tokens),wrapped(tokens)
+    assert torch.equal(*outs)
+    for o,p in zip(plain.recordings[0], wrapped.recordings[0]): assert torch.equal(o['attn'], p['attn']) and p['name'].endswith(o['name'])
+    trained = TrainingWrapper(Recorder(new_model()))
+    trained(tokens, return_loss=True).backward()
+    assert [len(o) for o in trained.net.recordings.values()]==[2]
+
+def test_encoder_and_decoder_are_told_apart():
+    torch.manual_seed(0)
+    both = ReformerEncDec(24, enc_num_tokens=61, enc_depth=1, enc_max_seq_len=64, enc_bucket_size=4, enc_heads=2,
+                          dec_num_tokens=61, dec_depth=1, dec_max_seq_len=64, dec_bucket_size=4, dec_heads=2).eval()
+    recorder = Recorder(both)
+    recorder(tokens, tokens[:,:11])
+    entries = [o for entries in recorder.recordings.values() for o in entries]
+    assert len(entries)==2 and len({o['name'] for o in entries})==2
+    assert entries[1]['columns']==dict(text=slice(0, entries[1]['attn'].shape[2]), memory=slice(entries[1]['attn'].shape[2], entries[1]['attn'].shape[2]), context=slice(entries[1]['attn'].shape[2], entries[1]['attn'].shape[2]+19))
+
+def test_shared_layers_are_counted():
+    recorder = Recorder(new_model(weight_tie=True))
+    recorder(tokens)
+    assert [o['layer'] for o in recorder.recordings[0]]==[0, 1] and len({o['name'] for o in recorder.recordings[0]})==1
+
+def test_half_precision_and_autocast_are_exact():
+    "Weights come from the layer's own queries: they are those of a float32 layer with the same queries"
+    torch.manual_seed(0)
+    layer,x = LSHSelfAttention(16, heads=2, bucket_size=4, n_hashes=2).bfloat16().eval(),torch.randn(1, 19, 16).bfloat16()
+    recorder = Recorder(layer)
+    with torch.no_grad(): recorder(x)
+    qk = layer.toqk(x).unflatten(-1, (2, 8)).transpose(1, 2).float()
+    want = lsh_attention_oracle(qk, qk, by_round(recorder.recordings[0][0]), bucket_size=4, return_weights=True)[1]
+    torch.testing.assert_close(recorder.recordings[0][0]['attn'], want, rtol=0, atol=1e-6)
+    model = Recorder(new_model().eval())
+    with torch.autocast('cpu', dtype=torch.bfloat16): model(tokens)
+    for o in model.recordings[0]: torch.testing.assert_close(o['attn'].sum(-1), torch.ones(2, 2, 19), rtol=0, atol=1e-5)
+
+def test_an_error_while_recording_leaves_the_layers_too():
+    recorder = Recorder(new_model())
+    recorder.record = None   # calling it fails
+    with pytest.raises(TypeError): recorder(tokens)
+    assert all(o.callback is None and 'report' not in vars(o) for o in attention_layers(recorder.net).values()) and not recorder.net._forward_hooks
+    del recorder.record
+    recorder(tokens)
+    assert len(recorder.recordings[0])==2
+
+def test_recorders_within_recorders():
+    outer = Recorder(inner := Recorder(new_model().eval()))
+    outer(tokens)
+    assert len(outer.recordings[0])==2 and outer.recordings[0][0]['attn'].shape==(2, 2, 19, 19)
+    assert all(o.callback is None and 'report' not in vars(o) for o in attention_layers(inner.net).values())
+
+def test_rows_of_a_table():
+    model = new_model(num_mem_kv=2)
+    for top_k in (None, 30):
+        recorder = Recorder(model.eval(), top_k=top_k)
+        recorder(tokens), recorder(tokens)
+        rows = summarize(recorder.recordings)
+        assert len(rows)==2*2*2*2 and {o['pass'] for o in rows}=={0, 1}
+        for o in rows:
+            assert o['text']+o['memory']+o['context']==pytest.approx(1, abs=1e-5) and 0<o['band']<=1+1e-6 and 0<=o['overflow']<1
+    assert len(summarize({0: recorder.recordings[0]}))==8
+
+@pytest.mark.slow
+def test_long_texts_in_bounded_memory():
+    "8192 tokens, four heads: the dense weights would be 1 GiB"
+    class Largest(TorchDispatchMode):
+        bytes = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            res = func(*args, **(kwargs or {}))
+            for o in res if isinstance(res, (tuple, list)) else [res]:
+                if isinstance(o, torch.Tensor): self.bytes = max(self.bytes, o.nbytes)
+            return res
+    recorder = Recorder(LSHSelfAttention(64, heads=4, n_hashes=4, causal=True).eval(), top_k=16)
+    with torch.no_grad(), Largest() as meter: recorder(torch.randn(1, 8192, 64))
+    assert meter.bytes<=2**25 and recorder.recordings[0][0]['attn'].weights.shape==(1, 4, 8192, 16)

@@ -1,0 +1,56 @@
+"Planner: laws that must be found again, and real steps"
+import pytest, torch
+from reformer_nb.cli import main
+from reformer_nb.language_model import ReformerLM
+from reformer_nb.planner import Plan, count_weights, extend, fit, kept_bytes, longest_row, make_plan, measure, plan, probe_sizes, run_case
+
+small = dict(num_tokens=61, dim=32, depth=2, max_seq_len=257, heads=2, dim_head=16, bucket_size=16, n_hashes=2, causal=True)
+
+@pytest.mark.parametrize('depth', (1, 2, 3, 12))
+@pytest.mark.parametrize('full', (False, True))
+@pytest.mark.parametrize('n,b', ((256, 1), (5000, 1), (300, 40), (65536, 8)))
+def test_a_law_is_found_again(depth, full, n, b):
+    sizes = probe_sizes(dict(small, depth=depth, use_full_attn=full), n, b, most=2048)
+    assert all(m*c<=max(n*b, 1) and m*c<=2048 and d<=depth for d,m,c in sizes)
+    def law(d, m, c): return 7 + 3*d + (.5+d)*m*c + full*d*m*m*c/99
+    got = extend(sizes, fit(sizes, [law(*o) for o in sizes]), (depth, n, b))
+    assert got==pytest.approx(law(depth, n, b), rel=1e-6)
+
+@pytest.mark.parametrize('options', (dict(), dict(absolute_position_emb=True), dict(weight_tie=True), dict(ff_glu=True, num_mem_kv=3, weight_tie_embedding=True)))
+def test_weights_are_counted(options):
+    config = {**small, **options}
+    assert count_weights(config)==sum(o.numel() for o in ReformerLM(**config).parameters())
+    assert kept_bytes(config)==4*kept_bytes(config, training=False)
+
+def test_longest_row():
+    for budget in (100, 1000, 54321):
+        n = longest_row(lambda n: 50+n, budget, 64)
+        assert .98*(budget-50)<=n<=budget-50
+    assert longest_row(lambda n: 50+n, 49, 64)==0
+
+def test_the_fastest_that_fits_is_best():
+    def some(seconds, peak): return Plan(8, 1, {}, seconds, peak, {}, 8, 100.)
+    assert some(1, 99).fits and not some(1, 101).fits and Plan(8, 1, {}, 1, 1e12, {}).fits
+
+def test_plans_and_measures():
+    planned = plan(small, 256, 2, budget=4, threads=1)
+    (seconds,peak), = measure([(small, 256, 2, True)], threads=1)
+    assert planned.fits and planned.best in (planned, *planned.others) or planned.best.seconds<=planned.seconds
+    assert abs(planned.peak/peak-1)<.2
+    assert sum(planned.parts.values())==pytest.approx(planned.peak)
+    assert {'ff_chunks', 'use_full_attn'}=={k for o in planned.others for k in o.changes}
+    assert planned.longest>256 and 'recommended within 4.0 GiB' in repr(planned)
+
+def test_measuring_leaves_this_process_alone():
+    state,threads = torch.get_rng_state(),torch.get_num_threads()
+    measure([(small, 64, 1, False)], threads=2)
+    assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads()==threads
+
+def test_failures_are_told():
+    with pytest.raises(ChildProcessError, match='2 rows of 999 tokens could not be measured: ValueError: 999 tokens'): measure([(small, 999, 2, True)], threads=1)
+    with pytest.raises(ValueError, match='model lacks depth'): plan(dict(num_tokens=5, dim=8), 64)
+
+def test_command(capsys):
+    assert main('plan --dim 16 --depth 1 --heads 2 --dim-head 8 --local-heads 0 --seq-len 128 --logits'.split())==0
+    assert '1 rows of 128 tokens' in capsys.readouterr().out
+    assert main('plan --budget -1'.split())==2 and 'budget=-1.0 must be above 0' in capsys.readouterr().err
