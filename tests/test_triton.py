@@ -62,7 +62,7 @@ grid = list(product((1, 13, 20), (5, 8, 16), (1, 2, 3), (False, True), ('none', 
                     ('none', 'end', 'holes'), (1., .6), (False, True), (False, True)))
 grid = random.Random(0).sample(grid, 400)   # the interpreter takes seconds for a case: all of them would take hours
 
-@pytest.mark.parametrize('n,m,r,causal,look_back,across,duplicates,mask,ask,silent,pairs', grids.sample(grid, 12))
+@pytest.mark.parametrize('n,m,r,causal,look_back,across,duplicates,mask,ask,silent,pairs', grids.sample(grid, 10, seed=1))
 def test_kernels_equal_the_oracle(n, m, r, causal, look_back, across, duplicates, mask, ask, silent, pairs):
     inputs,options = case_inputs(n, m, r, mask, ask, silent, pairs)
     options |= dict(causal=causal, look_back=look_back, attend_across_buckets=across, allow_duplicate_attention=duplicates)
@@ -70,7 +70,7 @@ def test_kernels_equal_the_oracle(n, m, r, causal, look_back, across, duplicates
 
 strict_grid = list(product((13, 20), (5, 8), (1, 2), (True, False), (True, False), ('none', 'holes'), (1., .6), (False, True)))
 
-@pytest.mark.parametrize('n,m,r,causal,duplicates,mask,ask,silent', grids.sample(strict_grid, 4))
+@pytest.mark.parametrize('n,m,r,causal,duplicates,mask,ask,silent', grids.sample(strict_grid, 3))
 def test_strict_equals_explicit_masks(n, m, r, causal, duplicates, mask, ask, silent):
     inputs,options = case_inputs(n, m, r, mask, ask, silent, pairs=False)
     options |= dict(causal=causal, allow_duplicate_attention=duplicates, strict=True, attend_across_buckets=False)
@@ -91,14 +91,14 @@ def test_tiles_change_nothing(monkeypatch):
     compare(*found, rtol=0, atol=1e-5)
 
 def test_rows_heads_and_layouts():
-    "Two rows of different length and two heads, memory in any order, gradients in the same"
+    "Two rows of different length, two heads, three rounds that look back to each other, memory in any order"
     qk,v = draw(2, 2, 12, 16, seed=1),draw(2, 2, 12, 20, seed=2)
     mask = masks('end', 2, 12)
-    inputs,options = (qk,v,BucketHasher(1, 8).eval()(qk, mask)),dict(bucket_size=8, causal=True, mask=mask, look_back='round')
+    inputs,options = (qk,v,BucketHasher(3, 8).eval()(qk, mask)),dict(bucket_size=8, mask=mask, look_back='rounds')
     found = results(triton_lsh_attention, *inputs, **options)
     compare(found, results(lsh_attention_oracle, *inputs, **options), rtol=0, atol=1e-4)
     other = (qk.transpose(1, 2).contiguous().transpose(1, 2),v.mT.contiguous().mT,inputs[2])
-    compare(found, results(triton_lsh_attention, *other, **options), rtol=0, atol=0)
+    assert torch.equal(found[0], triton_lsh_attention(*other, **options))
 
 interpreter_lacks_it = pytest.param(torch.bfloat16, 2**-6, marks=pytest.mark.cuda)   # multiplies its bits as integers
 
@@ -137,6 +137,9 @@ def test_dropout_equals_a_replayed_mask():
     keep = seeded(qk, unit, buckets)/plain.where(plain>0, 1)
     assert ((keep==0) | (keep-1/(1-p)).abs().lt(1e-5)).all()
     assert abs(keep[plain>0].count_nonzero()/plain.count_nonzero()-(1-p)) < .08
+    order = buckets[0,0,0].sort(stable=True).indices
+    drawn = (keep[0,0][order][:,order]==0)[16:]   # the second chunk sees the first and itself: other bits for each
+    assert (drawn[:,:16]!=drawn[:,16:]).float().mean() > .2
     def replayed(qk, v, buckets): return (lsh_attention_oracle(qk, unit, buckets, **options)*keep) @ v
     v = draw(1, 1, n, 5, seed=8)
     compare(results(seeded, qk, v, buckets), results(replayed, qk, v, buckets), rtol=0, atol=1e-5)
