@@ -209,8 +209,9 @@ def entry_rows(
         else:
             for r in range(bands.shape[-1]):
                 sizes = [bucket_sizes(entry, h, r, row=b) for b in range(len(entry['real'])) if entry['real'][b].any()]
-                def mean(f): return sum(f(o) for o in sizes)/len(sizes)
-                rows.append(dict(common, round=r, buckets=mean(len), largest=mean(lambda o: o.max().item()), overflow=mean(lambda o: overflow(o, entry['bucket_size'])), band=bands[h,r].item()))
+                found = [(len(o), o.max().item(), overflow(o, entry['bucket_size'])) for o in sizes]
+                means = (sum(o)/len(found) for o in zip(*found))
+                rows.append(dict(common, round=r, **dict(zip(('buckets', 'largest', 'overflow'), means)), band=bands[h,r].item()))
     return rows
 
 def summarize(
