@@ -24,7 +24,8 @@ def batch_at(
     "The batch of a step: random windows that depend on `seed` and `step` alone"
     for name,value in dict(batch_size=batch_size, seq_len=seq_len).items(): check_int(name, value)
     if len(data)<=seq_len:
-        raise ValueError(f'{len(data)} bytes hold no window of seq_len+1 = {seq_len+1}; give more text, or a smaller seq_len')
+        raise ValueError(f'{len(data)} bytes hold no window of seq_len+1 = {seq_len+1}; give more text, '
+                         'or a smaller seq_len')
     generator = seeded_generator(seed, layer=-1, step=step)   # no layer hashes with this one
     starts = torch.randint(len(data)-seq_len, (batch_size,), generator=generator)
     return torch.stack([data[i:i+seq_len+1] for i in starts.tolist()]).long()

@@ -68,7 +68,8 @@ def encode_config(
     arguments = {k: encode_activation(k, o) if k.endswith('ff_activation') else o for k,o in model.config.items()}
     try: return json.dumps(dict(model_class=name, format_version=format_version, arguments=arguments), indent=1)
     except TypeError as e:
-        raise TypeError(f'model.config does not fit in JSON ({e}); build the model with plain numbers and strings') from None
+        raise TypeError(f'model.config does not fit in JSON ({e}); '
+                        'build the model with plain numbers and strings') from None
 
 # %% ../nbs/16_checkpoints.ipynb #decode-activation
 def decode_activation(
@@ -174,5 +175,6 @@ def load_pretrained(
     if fingerprint(metadata['config'], tensors)!=metadata['sha256']:
         raise ValueError(f'{weights} is damaged (its SHA-256 is another); copy it again, or save the model again')
     if not same_config(copy, metadata['config']):
-        raise ValueError(f'{copy} contradicts {weights.name}, of which it is a copy; remove it, or save the model again')
+        raise ValueError(f'{copy} contradicts {weights.name}, of which it is a copy; remove it, '
+                         'or save the model again')
     return build_model(cls, arguments, tensors).eval()

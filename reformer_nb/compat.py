@@ -36,7 +36,8 @@ class UpstreamWrapper:
         "Load, with or without an Autopadder between"
         inner,outer = f'{prefix}net.net.',f'{prefix}net.'
         if not isinstance(self.net, UpstreamWrapper):
-            for k in [k for k in state_dict if k.startswith(inner)]: state_dict[outer+k.removeprefix(inner)] = state_dict.pop(k)
+            for k in [k for k in state_dict if k.startswith(inner)]:
+                state_dict[outer+k.removeprefix(inner)] = state_dict.pop(k)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 class UpstreamTrainingWrapper(UpstreamWrapper, TrainingWrapper): "`TrainingWrapper` of reformer_pytorch"
@@ -46,7 +47,8 @@ class UpstreamRecorder(UpstreamWrapper, Recorder): "`Recorder` of reformer_pytor
 # %% ../nbs/20_compat.ipynb #blocks
 class ReversibleBlock(nn.Module):
     "One reversible block of two modules (paper, eq. 8)"
-    @accept_names(removed=dict.fromkeys(('depth', 'send_signal'), 'to tell modules where they stand, use ReversibleSequence(blocks, send_signal=True)'))
+    @accept_names(removed=dict.fromkeys(('depth', 'send_signal'), 'to tell modules where they stand, '
+                                        'use ReversibleSequence(blocks, send_signal=True)'))
     def __init__(self,
         f:nn.Module, # keeps the shape of its input
         g:nn.Module, # keeps the shape of its input
@@ -117,10 +119,13 @@ def as_module(
     return module
 
 # %% ../nbs/20_compat.ipynb #modules
-models = dict(LSHAttention=UpstreamLSHAttention, LSHSelfAttention=UpstreamLSHSelfAttention, Reformer=UpstreamReformer, ReformerLM=UpstreamReformerLM)
-layers = dict(FullQKAttention=UpstreamFullQKAttention, FeedForward=UpstreamFeedForward, Chunk=UpstreamChunk, PreNorm=UpstreamPreNorm,
-              ReZero=ReZero, ScaleNorm=ScaleNorm, PKM=ProductKeyMemory, GELU=nn.GELU, AxialPositionalEmbedding=UpstreamAxialPositionalEmbedding,
-              AbsolutePositionalEmbedding=UpstreamAbsolutePositionalEmbedding, FixedPositionalEmbedding=UpstreamFixedPositionalEmbedding)
+models = dict(LSHAttention=UpstreamLSHAttention, LSHSelfAttention=UpstreamLSHSelfAttention, Reformer=UpstreamReformer,
+              ReformerLM=UpstreamReformerLM)
+layers = dict(FullQKAttention=UpstreamFullQKAttention, FeedForward=UpstreamFeedForward, Chunk=UpstreamChunk,
+              PreNorm=UpstreamPreNorm, ReZero=ReZero, ScaleNorm=ScaleNorm, PKM=ProductKeyMemory, GELU=nn.GELU,
+              AxialPositionalEmbedding=UpstreamAxialPositionalEmbedding,
+              AbsolutePositionalEmbedding=UpstreamAbsolutePositionalEmbedding,
+              FixedPositionalEmbedding=UpstreamFixedPositionalEmbedding)
 wrappers = dict(Autopadder=UpstreamAutopadder, Recorder=UpstreamRecorder, ReformerEncDec=UpstreamReformerEncDec)
 helpers = dict(Always=Always, default=default, exists=exists, cast_tuple=cast_tuple, max_neg_value=max_neg_value)
 
@@ -141,6 +146,7 @@ def install()->None:
     "From now on, let `import reformer_pytorch` mean this package, in the running process"
     found,modules = sys.modules.get('reformer_pytorch'),upstream_modules()
     if found is not None and found is not modules['reformer_pytorch']:
-        raise RuntimeError(f'reformer_pytorch is already imported, from {getattr(found, "__file__", None)}, and what was made with it would not mix with '
-                           'this package; call install() before anything imports reformer_pytorch')
+        raise RuntimeError(f'reformer_pytorch is already imported, from {getattr(found, "__file__", None)}, and what '
+                           'was made with it would not mix with this package; call install() before anything '
+                           'imports reformer_pytorch')
     sys.modules.update(modules)

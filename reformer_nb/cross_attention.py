@@ -22,12 +22,14 @@ def check_context(
 )->None:
     "Refuse a context that does not fit, and a mask of no context"
     if keys is None:
-        if context_mask is not None: raise ValueError('context_mask is given without a context; pass keys too, or leave it out')
-        return
-    if not keys.is_floating_point(): raise TypeError(f'keys are {keys.dtype}, but must hold float vectors; pass the output of an encoder')
+        if context_mask is None: return
+        raise ValueError('context_mask is given without a context; pass keys too, or leave it out')
+    if not keys.is_floating_point():
+        raise TypeError(f'keys are {keys.dtype}, but must hold float vectors; pass the output of an encoder')
     if keys.ndim!=3 or len(keys)!=batch or keys.shape[-1]!=dim:
-        raise ValueError(f'keys have shape {tuple(keys.shape)}, they must be ({batch}, c, {dim}), a context for each row of the input; '
-                         'project them, or build the model with cross_attention=True and their width as context_dim')
+        raise ValueError(f'keys have shape {tuple(keys.shape)}, they must be ({batch}, c, {dim}), a context for each '
+                         'row of the input; project them, or build the model with cross_attention=True and their '
+                         'width as context_dim')
 
 # %% ../nbs/09b_cross_attention.ipynb #hide-padding
 def hide_padding(
@@ -70,7 +72,8 @@ def check_heads(
     "Refuse sizes of no sense"
     for k,o in dict(dim=dim, context_dim=context_dim, heads=heads, dim_head=dim_head).items():
         if o is not None: check_int(k, o)
-    if dim_head is None and dim%heads: raise ValueError(f'dim={dim} is not a multiple of heads={heads}; change one of them, or pass dim_head')
+    if dim_head is None and dim%heads:
+        raise ValueError(f'dim={dim} is not a multiple of heads={heads}; change one of them, or pass dim_head')
 
 # %% ../nbs/09b_cross_attention.ipynb #cross-attention
 class CrossAttention(nn.Module):
@@ -101,7 +104,8 @@ class CrossAttention(nn.Module):
         "Look the context up; what stands in its padded places changes nothing"
         check_context(keys, context_mask, len(x), self.context_dim)
         keys,visible = hide_padding(keys, context_mask, 'context_mask')
-        q,k,v = (rearrange(f(o), 'b n (h d) -> b h n d', h=self.heads) for f,o in [(self.to_q, x), (self.to_k, keys), (self.to_v, keys)])
+        projected = self.to_q(x),self.to_k(keys),self.to_v(keys)
+        q,k,v = (rearrange(o, 'b n (h d) -> b h n d', h=self.heads) for o in projected)
         out = context_attention(q, k, v, visible, dropout=self.dropout if self.training else 0.)
         return self.post_attn_dropout(self.to_out(rearrange(out, 'b h n d -> b n (h d)')))
 
@@ -124,7 +128,9 @@ class DecoderAttention(nn.Module):
         **args, # keyword arguments of `attend`, which refuses those that it does not know
     )->tuple: # output (b, n, e), and the buckets, or None if no row was hashed
         "The sum of both; the second reads what the first has added"
-        if keys is None: raise ValueError('cross_attention=True needs a context, and keys is None; pass keys, or build the model without cross_attention')
+        if keys is None:
+            raise ValueError('cross_attention=True needs a context, and keys is None; pass keys, '
+                             'or build the model without cross_attention')
         out,state = self.attend.with_state(x, state, **args)
         return out + self.cross(x+out, keys=keys, context_mask=context_mask),state
 

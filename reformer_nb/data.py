@@ -29,7 +29,8 @@ def to_text(
     tokens:Tensor, # (n) integers 0 to 255
 )->str: # bytes that are no UTF-8 become replacement characters
     "Tokens as text"
-    if tokens.ndim!=1: raise ValueError(f'tokens of shape {tuple(tokens.shape)} must be (n); take one row, as in tokens[0]')
+    if tokens.ndim!=1:
+        raise ValueError(f'tokens of shape {tuple(tokens.shape)} must be (n); take one row, as in tokens[0]')
     if len(tokens) and not 0<=tokens.min()<=tokens.max()<=255:
         raise ValueError(f'tokens reach from {tokens.min()} to {tokens.max()}, bytes from 0 to 255; '
                          'use the tokenizer that belongs to the model')
@@ -70,7 +71,8 @@ def split_files(
         a,b = (len(joined)*percent//100 for percent in (90,95))
         texts = [joined[:a], joined[a:b], joined[b:]]
     if min(map(len, texts))<2:
-        raise ValueError(f'{name} has {len(joined)} bytes, too few to hold some out; give 40 at the very least, better a million')
+        raise ValueError(f'{name} has {len(joined)} bytes, too few to hold some out; give 40 at the very least, '
+                         'better a million')
     return Corpus(name, *map(to_bytes, texts))
 
 # %% ../nbs/17_data.ipynb #cannot-read

@@ -21,9 +21,11 @@ def as_tokens(
 )->Tensor: # (b, n) int64, 0 in padded places
     "`tokens` as the embedding needs them"
     if tokens.dtype==torch.bool or tokens.is_floating_point() or tokens.is_complex():
-        raise TypeError(f'tokens are {tokens.dtype}, not integers; give numbers from the vocabulary, for example tokens.long()')
+        raise TypeError(f'tokens are {tokens.dtype}, not integers; give numbers from the vocabulary, '
+                        'for example tokens.long()')
     if tokens.ndim!=2:
-        raise ValueError(f'tokens have shape {tuple(tokens.shape)}, they must be (b, n); unsqueeze a single text, as in tokens[None]')
+        raise ValueError(f'tokens have shape {tuple(tokens.shape)}, they must be (b, n); unsqueeze a single text, '
+                         'as in tokens[None]')
     tokens = tokens.long() if real is None else tokens.long().masked_fill(~real, 0)
     if torch.compiler.is_compiling() or tokens.is_meta or not tokens.numel(): return tokens
     for wrong in (int(o) for o in tokens.aminmax()):
@@ -39,7 +41,9 @@ def real_targets(
 )->Tensor: # (b, n) int64, −100 where there is nothing to predict
     "`targets` as `cross_entropy` takes them; refuses to predict nothing"
     some = targets.numel() if real is None or torch.compiler.is_compiling() else real.any()
-    if not some: raise ValueError(f'targets {tuple(targets.shape)} hold no real token, so there is no loss; give a text of two tokens or more')
+    if not some:
+        raise ValueError(f'targets {tuple(targets.shape)} hold no real token, so there is no loss; '
+                         'give a text of two tokens or more')
     return targets if real is None else targets.masked_fill(~real, -100)
 
 # %% ../nbs/10b_next_token.ipynb #next-token-loss
@@ -80,12 +84,13 @@ def shift(
     tokens:Tensor, # (b, n)
     real:Tensor|None=None, # (b, n) bool, True where a real token stands; None means everywhere
     input_attn_mask:Tensor|None=None, # (b, n, n) bool, True where position i may look at position j
-)->tuple: # tokens to read (b, n-1), tokens that follow them (b, n-1), which of these are real, and the mask of what is read
+)->tuple: # tokens to read and those that follow, both (b, n-1); which of these are real; the mask of what is read
     "Each token and the one after it, with padding at the end"
     if real is not None:
         order = padding_last(real)
         tokens,real = tokens.gather(1, order),real.gather(1, order)[:,1:]   # a token that no other follows is not read
-        if input_attn_mask is not None: input_attn_mask = input_attn_mask.take_along_dim(order[:,:,None], 1).take_along_dim(order[:,None], 2)
+        if input_attn_mask is not None:
+            input_attn_mask = input_attn_mask.take_along_dim(order[:,:,None], 1).take_along_dim(order[:,None], 2)
     return tokens[:,:-1],tokens[:,1:],real,None if input_attn_mask is None else input_attn_mask[:,:-1,:-1]
 
 # %% ../nbs/10b_next_token.ipynb #check-predicts
@@ -94,12 +99,15 @@ def check_predicts(
     task:str, # what it is to do
 )->None:
     "Refuse models that do not predict the next token"
-    if not config['causal']: raise ValueError(f'{task} needs causal=True: this model was built with causal=False and sees the token that it should predict')
-    if config['return_embeddings']: raise ValueError(f'{task} needs logits: this model was built with return_embeddings=True and has none')
+    if not config['causal']:
+        raise ValueError(f'{task} needs causal=True: this model was built with causal=False and sees the token that it '
+                         'should predict')
+    if config['return_embeddings']:
+        raise ValueError(f'{task} needs logits: this model was built with return_embeddings=True and has none')
 
 # %% ../nbs/10b_next_token.ipynb #next-token
 class NextToken:
-    "The loss of a model with a `config`, whose method `embed` makes vectors of tokens, and `head` a table and a bias for logits"
+    "The loss of a model whose `embed` makes vectors of tokens, and `head` a table and a bias for logits"
     @accept_names(renamed=dict(context='keys'))
     def loss(self,
         tokens:Tensor, # (b, n) integers; each position is to predict the next real token
@@ -114,7 +122,8 @@ class NextToken:
         check_predicts(self.config, 'loss')
         real = None if input_mask is None else as_mask(input_mask, tokens.shape)
         tokens = as_tokens(tokens, self.config['num_tokens'], real)
-        if input_attn_mask is not None: input_attn_mask = as_mask(input_attn_mask, (*tokens.shape, tokens.shape[1]), 'input_attn_mask')
+        if input_attn_mask is not None:
+            input_attn_mask = as_mask(input_attn_mask, (*tokens.shape, tokens.shape[1]), 'input_attn_mask')
         seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
         context = dict(keys=keys, context_mask=context_mask)
         if state is None: return loss_in_blocks(self.embed(seen, real, **context, input_attn_mask=allowed), *self.head(), targets, real)

@@ -22,8 +22,9 @@ def check_positions(
     low,high = (int(o) for o in positions.aminmax())
     if low<0: raise ValueError(f'position {low} is negative; count from 0, as real_positions does')
     if high>=max_seq_len:
-        raise ValueError(f'position {high} is outside max_seq_len={max_seq_len}, the rows of the table or the places of the grid; '
-                         'shorten the input, or build the model with a larger max_seq_len (or axial shape)')
+        raise ValueError(f'position {high} is outside max_seq_len={max_seq_len}, the rows of the table or the places '
+                         'of the grid; shorten the input, or build the model with a larger max_seq_len '
+                         '(or axial shape)')
 
 # %% ../nbs/09_positions.ipynb #absolute
 class AbsolutePositionalEmbedding(nn.Module):
@@ -65,7 +66,8 @@ def position_angles(
 )->Tensor: # (..., dim/2) radians
     "How far each wave has turned at each position"
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f'dtype={dtype} must be torch.float32 or torch.float64, since others cannot count far; convert what comes out')
+        raise ValueError(f'dtype={dtype} must be torch.float32 or torch.float64, since others cannot count far; '
+                         'convert what comes out')
     return positions[...,None].to(dtype) * sinusoid_frequencies(dim, device=positions.device).to(dtype)
 
 # %% ../nbs/09_positions.ipynb #fixed
@@ -103,7 +105,8 @@ def axial_widths(
         return (dim,)*k
     dims = tuple(axial_dims or (dim//k,)*(k-1) + (dim - dim//k*(k-1),))
     if len(dims)!=k or sum(dims)!=dim or min(dims)<1:
-        raise ValueError(f'axial_dims={dims} must be {k} widths, one for each side of axial_shape={axial_shape}, that add up to dim={dim}')
+        raise ValueError(f'axial_dims={dims} must be {k} widths, one for each side of axial_shape={axial_shape}, '
+                         f'that add up to dim={dim}')
     return dims
 
 # %% ../nbs/09_positions.ipynb #axial-class

@@ -43,7 +43,8 @@ def train_step(
     total = accelerator.reduce(total, 'mean').item()
     if not math.isfinite(total):
         opt.zero_grad()
-        raise FloatingPointError(f'the loss is {total}; the model is as it was before this step, try a smaller lr than {lr:.1e}')
+        raise FloatingPointError(f'the loss is {total}; the model is as it was before this step, '
+                                 f'try a smaller lr than {lr:.1e}')
     accelerator.clip_grad_norm_(net.parameters(), clip)
     opt.step()
     opt.zero_grad()
@@ -61,9 +62,11 @@ def training_state(
     for name,d in state.get('state', {}).items():   # nothing in other processes than the first
         for k,o in d.items(): (tensors if isinstance(o, Tensor) else numbers)[f'optimizer.{name}.{k}'] = o
     for k,o in zip(('cpu', 'device'), rng_state(accelerator.device)):
-        if o is not None: tensors[f'rng.{k}'] = accelerator.gather(o[None].to(accelerator.device))   # (processes, bytes)
+        if o is None: continue
+        tensors[f'rng.{k}'] = accelerator.gather(o[None].to(accelerator.device))   # (processes, bytes)
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else None
-    return {k: o.detach().cpu().clone() for k,o in tensors.items()},dict(groups=state.get('param_groups'), numbers=numbers, scaler=scaler)
+    record = dict(groups=state.get('param_groups'), numbers=numbers, scaler=scaler)
+    return {k: o.detach().cpu().clone() for k,o in tensors.items()},record
 
 # %% ../nbs/18a_run_state.ipynb #load-training-state
 def load_training_state(
@@ -82,11 +85,12 @@ def load_training_state(
     for name,o in part['optimizer'].items():
         name,_,k = name.rpartition('.')
         state.setdefault(name, {})[k] = o
-    set_state_dict(model, opt, model_state_dict=part['model'], optim_state_dict=dict(state=state, param_groups=record['groups']),
-                   options=StateDictOptions(full_state_dict=True))
+    optimizer,whole = dict(state=state, param_groups=record['groups']),StateDictOptions(full_state_dict=True)
+    set_state_dict(model, opt, model_state_dict=part['model'], optim_state_dict=optimizer, options=whole)
     if accelerator.scaler and record['scaler']: accelerator.scaler.load_state_dict(record['scaler'])
     if len(part['rng']['cpu'])!=accelerator.num_processes: return
-    set_rng_state(tuple(part['rng'][k][accelerator.process_index] if k in part['rng'] else None for k in ('cpu', 'device')), accelerator.device)
+    mine = {k: o[accelerator.process_index] for k,o in part['rng'].items()}
+    set_rng_state((mine['cpu'], mine.get('device')), accelerator.device)
 
 # %% ../nbs/18a_run_state.ipynb #store
 class RunStore:
@@ -118,7 +122,9 @@ class RunStore:
         text = json.dumps(record)
         metadata = dict(config=text, sha256=fingerprint(text, tensors))
         try: write_atomic(self.path(step), lambda path: save_file(tensors, path, metadata))
-        except SafetensorError as e: raise OSError(f'cannot write {self.path(step)} ({e}); make room, and resume from the checkpoint before') from None
+        except SafetensorError as e:
+            raise OSError(f'cannot write {self.path(step)} ({e}); make room, '
+                          'and resume from the checkpoint before') from None
         done = [o for o in self.steps() if o<=step]
         for o in self.steps():   # later ones belong to a run that was given up
             if o not in (*done[-self.keep:], best): self.path(o).unlink()

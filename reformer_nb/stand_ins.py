@@ -31,9 +31,11 @@ class UpstreamModel:
         *args, # as in reformer_pytorch
         **options, # as there, and keywords of ours
     ):
-        names = list(inspect.signature(super().__init__).parameters)
-        if len(args)>len(names): raise TypeError(f'{type(self).__name__} takes at most {len(names)} arguments by position, {len(args)} are given; name them')
-        if twice := options.keys() & set(names[:len(args)]): raise TypeError(f'{type(self).__name__} got {", ".join(twice)} twice, by position and by name; give it once')
+        names,cls = list(inspect.signature(super().__init__).parameters),type(self).__name__
+        if len(args)>len(names):
+            raise TypeError(f'{cls} takes at most {len(names)} arguments by position, {len(args)} are given; name them')
+        if twice := options.keys() & set(names[:len(args)]):
+            raise TypeError(f'{cls} got {", ".join(twice)} twice, by position and by name; give it once')
         given = {**self.upstream_defaults, **dict(zip(names, args)), **options}
         super().__init__(**upstream_options(type(self), given))
 
@@ -53,11 +55,12 @@ class UpstreamReformerLM(UpstreamModel, ReformerLM):
 
 class UpstreamReformerEncDec(UpstreamModel, ReformerEncDec):
     "`ReformerEncDec` of reformer_pytorch"
-    saved_as,upstream_defaults = ReformerEncDec,dict(enc_hash_seed=None, dec_hash_seed=None, enc_ff_chunks=100, dec_ff_chunks=100)
+    saved_as = ReformerEncDec
+    upstream_defaults = dict(enc_hash_seed=None, dec_hash_seed=None, enc_ff_chunks=100, dec_ff_chunks=100)
 
 # %% ../nbs/16c_stand_ins.ipynb #as-angles
 def as_angles(
-    pos_emb:Tensor|None, # (1, n, d) sines, then cosines, as reformer_pytorch has them; or angles (n, d/2) or (b, n, d/2)
+    pos_emb:Tensor|None, # (1, n, d) sines, then cosines, as in reformer_pytorch; or angles (n, d/2) or (b, n, d/2)
     dim_head:int, # width d of a head
 )->Tensor|None: # (n, d/2) or (b, n, d/2)
     "Angles of rotary positions"
@@ -105,7 +108,7 @@ class UpstreamLSHSelfAttention(UpstreamModel, LSHSelfAttention):
         "Attend"
         return super().forward(x, *args, **options)
 
-# %% ../nbs/16c_stand_ins.ipynb #single-heads
+# %% ../nbs/16c_stand_ins.ipynb #upstream-heads
 class UpstreamHeads:
     "Single heads that scale their scores as reformer_pytorch does"
     def forward(self,
@@ -121,6 +124,7 @@ class UpstreamHeads:
         self.scale_by(qk.shape[-1]**-.5)
         return super().forward(qk, v, *args, pos_emb=as_angles(pos_emb, qk.shape[-1]), **options)
 
+# %% ../nbs/16c_stand_ins.ipynb #lsh-heads
 class UpstreamLSHAttention(UpstreamHeads, LSHAttention):
     "`LSHAttention` of reformer_pytorch"
     def __init__(self,
@@ -135,6 +139,7 @@ class UpstreamLSHAttention(UpstreamHeads, LSHAttention):
         "Set the scale"
         self.options['scale'] = scale
 
+# %% ../nbs/16c_stand_ins.ipynb #full-heads
 class UpstreamFullQKAttention(UpstreamHeads, FullQKAttention):
     "`FullQKAttention` of reformer_pytorch"
     def scale_by(self,
@@ -172,7 +177,7 @@ class UpstreamPreNorm(PreNorm):
         fn:nn.Module, # what follows the normalisation
     ): super().__init__(dim, fn, norm_class)
 
-# %% ../nbs/16c_stand_ins.ipynb #positions
+# %% ../nbs/16c_stand_ins.ipynb #absolute-positions
 class UpstreamAbsolutePositionalEmbedding(AbsolutePositionalEmbedding):
     "`AbsolutePositionalEmbedding` of reformer_pytorch"
     def forward(self,
@@ -181,6 +186,7 @@ class UpstreamAbsolutePositionalEmbedding(AbsolutePositionalEmbedding):
         "The first n rows of the table"
         return super().forward(torch.arange(x.shape[1], device=x.device))
 
+# %% ../nbs/16c_stand_ins.ipynb #fixed-positions
 class UpstreamFixedPositionalEmbedding(FixedPositionalEmbedding):
     "`FixedPositionalEmbedding` of reformer_pytorch"
     def forward(self,
@@ -200,6 +206,7 @@ class UpstreamFixedPositionalEmbedding(FixedPositionalEmbedding):
         state_dict.pop(f'{prefix}inv_freq', None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
+# %% ../nbs/16c_stand_ins.ipynb #axial-positions
 class UpstreamAxialPositionalEmbedding(AxialPositionalEmbedding):
     "`AxialPositionalEmbedding` of axial_positional_embedding, as reformer_pytorch hands it on"
     def __init__(self,

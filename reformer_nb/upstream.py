@@ -55,9 +55,10 @@ def upstream_names(
 def strip_wrappers(
     state:dict, # {name: tensor}
 )->dict: # the same tensors
-    "Names without what `TrainingWrapper`, `Autopadder`, `Recorder` and `DistributedDataParallel` put before all of them"
-    while state and (start := next(iter(state)).split('.')[0]) in ('net','module') and all(k.startswith(f'{start}.') for k in state):
-        state = {k.removeprefix(f'{start}.'): o for k,o in state.items()}
+    "Names without what `TrainingWrapper`, `Autopadder`, `Recorder` and `DistributedDataParallel` put before all"
+    for start in ('net.','module.'):
+        if state and all(k.startswith(start) for k in state):
+            return strip_wrappers({k.removeprefix(start): o for k,o in state.items()})
     return state
 
 # %% ../nbs/16b_upstream.ipynb #check-keys
@@ -73,7 +74,8 @@ def check_keys(
     if unexpected or missing:
         text = '; '.join(f'{what}: {", ".join(keys[:3])}' + (f' and {len(keys)-3} more' if len(keys)>3 else '')
                          for what,keys in dict(unexpected=unexpected, missing=missing).items() if keys)
-        raise ValueError(f'the weights do not fit this {type(model).__name__} ({text}); give the keywords that the saved model was made with')
+        raise ValueError(f'the weights do not fit this {type(model).__name__} ({text}); '
+                         'give the keywords that the saved model was made with')
 
 # %% ../nbs/16b_upstream.ipynb #same-size
 def check_tensor(
@@ -85,9 +87,11 @@ def check_tensor(
     "Refuse what is not of the right shape (sides of 1 apart), and two values for one tensor"
     shapes = [[s for s in o.shape if s>1] for o in (tensor, own)]
     if shapes[0]!=shapes[1]:
-        raise ValueError(f'{key} has shape {tuple(tensor.shape)}, this model needs {tuple(own.shape)}; give the keywords that the saved model was made with')
+        raise ValueError(f'{key} has shape {tuple(tensor.shape)}, this model needs {tuple(own.shape)}; '
+                         'give the keywords that the saved model was made with')
     if before is not None and not torch.equal(before[1], tensor):
-        raise ValueError(f'{before[0]} and {key} are one tensor in the model, but differ in the weights; remove the one that is out of date')
+        raise ValueError(f'{before[0]} and {key} are one tensor in the model, but differ in the weights; '
+                         'remove the one that is out of date')
 
 # %% ../nbs/16b_upstream.ipynb #load
 def load_upstream(
@@ -137,9 +141,9 @@ def warn_of_positions(
     for module in model.modules():
         if not isinstance(module, ReformerLM) or module.rotary is None: continue
         if not (module.config['use_full_attn'] or module.config['full_attn_thres']): continue
-        warnings.warn('reformer_pytorch drops rotary positions in full attention (use_full_attn, full_attn_thres), this model obeys them: '
-                      'where it uses full attention, its outputs differ from those that the weights were trained for; '
-                      'fine-tune it, or avoid full attention', stacklevel=4)
+        warnings.warn('reformer_pytorch drops rotary positions in full attention (use_full_attn, full_attn_thres), '
+                      'this model obeys them: where it uses full attention, its outputs differ from those that the '
+                      'weights were trained for; fine-tune it, or avoid full attention', stacklevel=4)
         return
 
 # %% ../nbs/16b_upstream.ipynb #importer
@@ -161,11 +165,13 @@ def refuse_upstream_keys(
     prefix:str, # of the model's names in it
     missing_keys:list, # where `load_state_dict` collects what it misses
 )->None:
-    "Point to the importer if a state has names of reformer_pytorch, or those of its attention, which are ours but for a counter"
-    advice = f'use {type(model).__name__}.from_reformer_pytorch(state_dict, ...), with the keywords that the saved model was made with'
+    "Point to the importer if a state has names of reformer_pytorch, or those of its attention, which lack a counter"
+    advice = (f'use {type(model).__name__}.from_reformer_pytorch(state_dict, ...), '
+              'with the keywords that the saved model was made with')
     for k in state:
         if k.startswith(prefix) and re.search(r'layers\.(irrev_)?blocks\.\d+\.[fg]\.', k):
-            raise ValueError(f'{k} is a name of reformer_pytorch, whose models compute scores and look-back differently; {advice}')
+            raise ValueError(f'{k} is a name of reformer_pytorch, whose models compute scores and look-back '
+                             f'differently; {advice}')
     if f'{prefix}toqk.weight' in state and not any(k.startswith(prefix) and k.endswith('_extra_state') for k in state):
         missing_keys.append(f'{prefix}hasher: if these are weights of reformer_pytorch, {advice}')
 
@@ -180,6 +186,8 @@ def rename_upstream(
     if all(prefix+k in state for k in own): return
     for theirs,ours in upstream_names(model).items():
         tensor = state.pop(prefix+theirs, None)
-        if tensor is not None and ours: state[prefix+ours] = tensor.reshape(own[ours].shape) if tensor.numel()==own[ours].numel() else tensor
+        if tensor is None or not ours: continue
+        fits = tensor.numel()==own[ours].numel()
+        state[prefix+ours] = tensor.reshape(own[ours].shape) if fits else tensor
     for k,o in own.items():
         if k.endswith('_extra_state'): state.setdefault(prefix+k, o)
