@@ -16,7 +16,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 from .core import check_int
-from .hashing import BucketHasher
+from .hasher import BucketHasher
 from .recorder import attention_layers, watch_layers
 from .replay import named_weights, replay_modes, replay_rng, rng_state
 from .rows import AttentionCall

@@ -7,11 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reformer_nb.attention import lsh_attention_oracle
 from reformer_nb.diagnostics import attention_recall, check_causality, check_gradients, check_padding, listen, row_recall
 from reformer_nb.encoder_decoder import ReformerEncDec
-from reformer_nb.hashing import BucketHasher
+from reformer_nb.hasher import BucketHasher
 from reformer_nb.language_model import ReformerLM
 from reformer_nb.recorder import Recorder, attention_layers
 from reformer_nb.reformer import Reformer
-from reformer_nb.reversible import ReversibleSequence
+from reformer_nb.reversible_sequence import ReversibleSequence
 from reformer_nb.rows import AttentionCall
 from reformer_nb.self_attention import LSHSelfAttention
 from grids import sample

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip('triton')
 from reformer_nb import triton_forward, triton_tiles
 from reformer_nb.attention import lsh_attention_oracle, multiset_weights, sorted_rank, visible_pairs, weighted_values
-from reformer_nb.hashing import BucketHasher
+from reformer_nb.hasher import BucketHasher
 from reformer_nb.triton_forward import tile_rows
 from reformer_nb.triton_lsh import triton_lsh_attention
 

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 import torch
 import torch.nn.functional as F
 from reformer_nb import ReformerLM
-from reformer_nb.data import duplication_batch
+from reformer_nb.batches import duplication_batch
 from records import append, read, results, surroundings
 
 symbols,batch_size,every = 127,8,25   # different symbols; sequences in a batch; steps that a point of a curve is the mean of
