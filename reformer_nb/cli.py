@@ -4,16 +4,16 @@
 
 # %% auto #0
 __all__ = ['model_flags', 'own_defaults', 'default_minutes', 'OneLineParser', 'flag', 'settings_help', 'or_none', 'add_setting',
-           'add_train', 'add_plan', 'make_parser', 'check_config', 'parse', 'continue_text', 'draw_pictures', 'new_run',
+           'add_train', 'add_plan', 'make_parser', 'check_config', 'parse', 'write_on', 'draw_pictures', 'new_run',
            'tell_cost', 'report', 'run_train', 'run_evaluate', 'run_generate', 'run_plan', 'main']
 
 # %% ../nbs/21_cli.ipynb #imports
-import argparse, difflib, inspect, re, sys, time, tomllib
-from collections.abc import Callable
+import argparse, codecs, difflib, inspect, re, sys, time, tomllib
+from collections.abc import Callable, Iterator
 from dataclasses import Field, fields
 from pathlib import Path
 import torch
-from .data import Corpus, files_corpus, load_corpus, to_bytes, to_text
+from .data import Corpus, files_corpus, load_corpus, to_bytes
 from .hashing import seeded_generator
 from .language_model import ReformerLM
 from .planner import plan
@@ -85,6 +85,7 @@ def add_train(
     train.add_argument('--config', help='a TOML file with other defaults, such as seq_len = 1024')
     train.add_argument('--resume', action='store_true', help='go on with the run in --out, if there is one')
     train.add_argument('--dry-run', action='store_true', help='make two steps, print parameters, memory and time, and write nothing')
+    train.add_argument('--strict', action='store_true', help='strictly causal: a new byte costs the same time however long the text')
     train.add_argument('--prompt', default='import os\n\ndef ', help='the trained model continues this')
     for name,(value,what) in model_flags.items(): train.add_argument(flag(name), type=int, default=value, help=what)
     for o in fields(TrainSettings): add_setting(train, o)
@@ -118,6 +119,7 @@ def make_parser()->argparse.ArgumentParser:
     write.add_argument('--top-k', type=int, help='sample among so many bytes')
     write.add_argument('--top-p', type=float, help='sample among the likeliest bytes that have this probability together')
     write.add_argument('--seed', type=int, default=0, help='of the draw')
+    write.add_argument('--stream', action='store_true', help='show each character as soon as it is written')
     add_plan(commands.add_parser('plan', help='memory and time of a step, without a run'))
     return parser
 
@@ -158,8 +160,8 @@ def parse(
     if o.command=='train' and o.steps is None and o.minutes is None: o.minutes = default_minutes
     return o
 
-# %% ../nbs/21_cli.ipynb #continue-text
-def continue_text(
+# %% ../nbs/21_cli.ipynb #write-on
+def write_on(
     model:ReformerLM, # causal, over bytes
     prompt:str, # not empty
     length:int, # bytes to add
@@ -168,12 +170,15 @@ def continue_text(
     top_k:int|None=None, # sample among the k likeliest bytes only
     top_p:float|None=None, # sample among the likeliest bytes that together have this probability
     seed:int=0, # of the draw
-)->str: # the prompt and its continuation
+)->Iterator: # of str: the prompt, and its continuation as soon as each character is whole
     "Let a model go on with a text"
     if not prompt: raise ValueError("prompt='' is empty; give at least one character")
-    generator = seeded_generator(seed, layer=-2)
-    new = model.generate(to_bytes(prompt).long()[None], length, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    return prompt + to_text(new[0])
+    new = model.stream(to_bytes(prompt).long()[None], length, temperature=temperature, top_k=top_k, top_p=top_p,
+                       generator=seeded_generator(seed, layer=-2))
+    decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    yield prompt
+    for byte in new: yield decoder.decode(bytes(byte.tolist()))
+    yield decoder.decode(b'', final=True)
 
 # %% ../nbs/21_cli.ipynb #draw
 def draw_pictures(
@@ -203,7 +208,7 @@ def new_run(
     from reformer_nb import Trainer   # which needs Accelerate; the other commands do not
     torch.manual_seed(o.seed)
     model = ReformerLM(256, o.dim, o.depth, o.seq_len, heads=o.heads, dim_head=o.dim_head, bucket_size=o.bucket_size,
-                       n_hashes=o.n_hashes, n_local_attn_heads=o.local_heads, causal=True)
+                       n_hashes=o.n_hashes, n_local_attn_heads=o.local_heads, causal='strict' if o.strict else True)
     settings = TrainSettings(**{f.name: getattr(o, f.name) for f in fields(TrainSettings)})
     return Trainer(model, corpus, settings, out=None if o.dry_run else o.out)
 
@@ -232,7 +237,7 @@ def report(
     model = ReformerLM.from_pretrained(trainer.out)
     scores = compare_with_baselines(model, trainer.corpus, o.seq_len)
     print('bits per byte, held out: ' + ', '.join(f'{k} {v:.2f}' for k,v in scores.items()))
-    print('\n' + continue_text(model, o.prompt, 200) + '\n')
+    print('\n' + ''.join(write_on(model, o.prompt, 200)) + '\n')
     print(f'checkpoint: {trainer.out}')
     if picture := draw_pictures(trainer, scores): print(f'picture: {picture}')
     if trainer.interrupted: print(f'stopped by a signal after {trainer.step} steps; --resume goes on')
@@ -267,7 +272,9 @@ def run_generate(
 )->None:
     "Continue a prompt from a checkpoint"
     model = ReformerLM.from_pretrained(o.checkpoint)
-    print(continue_text(model, o.prompt, o.length, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, seed=o.seed))
+    for piece in write_on(model, o.prompt, o.length, temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, seed=o.seed):
+        print(piece, end='', flush=o.stream)
+    print()
 
 # %% ../nbs/21_cli.ipynb #run-plan
 def run_plan(
