@@ -19,7 +19,7 @@ from reformer_nb import ReformerLM
 from reformer_nb.batches import duplication_batch
 from records import append, read, results, surroundings
 
-symbols,batch_size,every = 127,8,25   # different symbols; sequences in a batch; steps that a point of a curve is the mean of
+symbols,batch_size,every = 127,8,25   # different symbols; sequences in a batch; steps in a point of a curve
 evaluations = {'Full': 0, '8': 8, '4': 4, '2': 2, '1': 1}   # hash rounds; 0 is full attention
 
 @dataclass(frozen=True)
@@ -36,9 +36,11 @@ class Run:
     @property
     def n_hashes(self): return 0 if self.trained=='Full' else int(self.trained[4:])
 
-variants = {'': {}, 'scores over √d': dict(scale=64**-.5), 'ScaleNorm': dict(use_scale_norm=True), 'ReZero, no norm': dict(use_rezero=True),
-            'tied head': dict(weight_tie_embedding='plain'), 'fixed rotations': dict(rotations='fixed'),
-            'duplicates count once': dict(lsh_allow_duplicate_attention=False), 'same bucket only': dict(lsh_attend_across_buckets=False),
+variants = {'': {}, 'scores over √d': dict(scale=64**-.5), 'ScaleNorm': dict(use_scale_norm=True),
+            'ReZero, no norm': dict(use_rezero=True), 'tied head': dict(weight_tie_embedding='plain'),
+            'fixed rotations': dict(rotations='fixed'),
+            'duplicates count once': dict(lsh_allow_duplicate_attention=False),
+            'same bucket only': dict(lsh_attend_across_buckets=False),
             'look-back between rounds': dict(look_back='rounds'), 'rotary positions': dict(absolute_position_emb=False)}
 
 def ours(run, n_hashes, hash_seed):
@@ -48,7 +50,7 @@ def ours(run, n_hashes, hash_seed):
                       use_full_attn=not n_hashes, hash_seed=hash_seed, **options)
 
 def reformer_pytorch(run, n_hashes, hash_seed):
-    "The same in reformer_pytorch, which draws rotations from the global generator; `small start`: embeddings and positions begin as ours do"
+    "The same in reformer_pytorch, which draws rotations from the global generator; in a `small start`, embeddings are as small as ours"
     from reformer_pytorch import ReformerLM as Theirs
     model = Theirs(symbols+1, 256, 1, run.length, heads=4, bucket_size=run.chunk, n_hashes=n_hashes or 1, causal=True,
                    use_full_attn=not n_hashes, absolute_position_emb=True, ff_mult=1, ff_chunks=1)
@@ -72,10 +74,14 @@ def hugging_face(run, n_hashes, hash_seed):
         hidden_dropout_prob=0., lsh_attention_probs_dropout_prob=0., hash_seed=None, use_cache=False, tie_word_embeddings=False)
     return Logits(ReformerModelWithLMHead(config))
 
-starts = ('reformer_nb', ''),('reformer_pytorch', ''),('reformer_pytorch', 'small start'),('transformers', '')   # library and variant
+# library and variant of ours and of each peer
+starts = ('reformer_nb', ''),('reformer_pytorch', ''),('reformer_pytorch', 'small start'),('transformers', '')
 makers = dict(reformer_nb=ours, reformer_pytorch=reformer_pytorch, transformers=hugging_face)
 
 def make(run, n_hashes, hash_seed=0): return makers[run.library](run, n_hashes, hash_seed)
+
+def batch(step, length, seed):
+    return duplication_batch(step, batch_size=batch_size, length=length, num_symbols=symbols, seed=seed)
 
 def second_word(model, tokens):
     "Mean cross-entropy, and share of right guesses, of the second word"
@@ -84,13 +90,13 @@ def second_word(model, tokens):
     return F.cross_entropy(logits.flatten(0, 1), wanted.flatten()),(logits.argmax(-1)==wanted).float().mean()
 
 def train(run, watch=lambda point: None, stop_at=2.):
-    "The model, and its learning curve; data never repeat, so accuracy in training is accuracy on new data. Ends early above `stop_at`"
+    "The model and its learning curve, on data that never repeat, so it counts as on new ones; ends early above `stop_at`"
     torch.manual_seed(run.seed)
     model = make(run, run.n_hashes, run.seed)
     optimizer = torch.optim.Adam(model.parameters(), run.lr, betas=(.9, .98))
     curve,recent,wall,cpu = [],[],time.perf_counter(),time.process_time()
     for step in range(1, run.steps+1):
-        loss,accuracy = second_word(model, duplication_batch(step, batch_size=batch_size, length=run.length, num_symbols=symbols, seed=run.seed))
+        loss,accuracy = second_word(model, batch(step, run.length, run.seed))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -112,8 +118,7 @@ def evaluate(run, model, n_hashes, batches=8):
         torch.manual_seed(i)
         other = make(run, n_hashes, hash_seed=10**6+i)
         other.load_state_dict(model.state_dict())
-        tokens = duplication_batch(i, batch_size=batch_size, length=run.length, num_symbols=symbols, seed=10**6)
-        right.append(second_word(other.eval(), tokens)[1].item())
+        right.append(second_word(other.eval(), batch(i, run.length, 10**6))[1].item())
     return round(100*sum(right)/len(right), 2)
 
 def first_above(curve, accuracy=99):
@@ -128,10 +133,9 @@ def finish(run, folder=results, stop_at=2.):
     print(run, flush=True)
     model,curve = train(run, watch=lambda point: print(' ', *point.values(), flush=True), stop_at=stop_at)
     accuracy = {k: evaluate(run, model, n) for k,n in evaluations.items()}
-    made = surroundings()
-    append(folder/'duplication_curves.csv', *[dict(asdict(run), **point) for point in curve])
-    append(folder/'duplication.csv', dict(asdict(run), above_99=first_above(curve), **accuracy, cpu_seconds=curve[-1]['cpu_seconds'],
-                                          seconds=curve[-1]['seconds'], **made))
+    cost = {k: curve[-1][k] for k in ('cpu_seconds', 'seconds')}
+    append(folder/'duplication_curves.csv', *[asdict(run) | point for point in curve])
+    append(folder/'duplication.csv', asdict(run) | dict(above_99=first_above(curve)) | accuracy | cost | surroundings())
     print(accuracy, flush=True)
 
 # ---- what the notebook shows ------------------------------------------------------------------------------------
@@ -153,7 +157,8 @@ def beside_paper(rows, chunk=128):
     for trained,theirs in paper.items():
         ours = select(rows, library='reformer_nb', trained=trained, length=1024, chunk=chunk, variant='', lr=1e-3)
         if not ours: continue
-        yield dict(trained=trained, who=f'ours, {len(ours)} seed{"s"*(len(ours)>1)}', **{k: with_spread([o[k] for o in ours]) for k in evaluations})
+        who = f'ours, {len(ours)} seed{"s"*(len(ours)>1)}'
+        yield dict(trained=trained, who=who) | {k: with_spread([o[k] for o in ours]) for k in evaluations}
         yield dict(trained='', who='paper') | dict(zip(evaluations, theirs))
 
 def below_paper(rows, chunk=128):
@@ -174,8 +179,9 @@ def progress(rows, curves, cpu_seconds=None):
         curve = select(curves, **{k: row[k] for k in asdict(Run())})
         late = [o['accuracy'] for o in curve if cpu_seconds is None or o['cpu_seconds']<=cpu_seconds]
         at = {} if cpu_seconds is None else {f'% after {cpu_seconds:.0f} s': late[-1] if late else 0.}
-        yield settings(row) | {'steps': curve[-1]['step'], 'above 99 % at step': row['above_99'] or 'never', '% at the end': curve[-1]['accuracy'],
-                               'processor s/step': round(curve[-1]['cpu_seconds']/curve[-1]['step'], 2), **at}
+        end = curve[-1]
+        yield settings(row) | {'steps': end['step'], 'above 99 % at step': row['above_99'] or 'never', '% at the end': end['accuracy'],
+                               'processor s/step': round(end['cpu_seconds']/end['step'], 2)} | at
 
 def plot_curves(curves, names, ax=None):
     "Accuracy against steps, a colour for each of `names`, {label: what to select}"
@@ -185,7 +191,8 @@ def plot_curves(curves, names, ax=None):
         found = select(curves, **wanted)
         for i,run in enumerate(sorted({tuple(o[k] for k in ('seed', 'lr')) for o in found})):
             points = [o for o in found if (o['seed'],o['lr'])==run]
-            ax.plot([o['step'] for o in points], [o['accuracy'] for o in points], color=color, lw=1.2, label=None if i else label)
+            x,y = ([o[k] for o in points] for k in ('step', 'accuracy'))
+            ax.plot(x, y, color=color, lw=1.2, label=None if i else label)
     ax.set(xlabel='steps', ylabel='accuracy, %', ylim=(-3, 103))
     if ax.lines: ax.legend(frameon=False, fontsize=8)
     return ax
@@ -197,7 +204,7 @@ def runs(part, seeds):
     rows,small = ('LSH-2', 'LSH-1', 'LSH-4', 'Full'),Run(length=256, chunk=32, seed=seeds[0])
     if part=='table': return [Run(trained=o, seed=s) for s in seeds for o in rows]
     if part=='half': return [Run(trained=o, chunk=64, seed=s) for s in seeds for o in rows if o!='Full']
-    if part=='peers': return [Run(library=o, variant=v, lr=lr, seed=seeds[0]) for lr in (1e-3, 3e-3) for o,v in starts if o!='reformer_nb']
+    if part=='peers': return [Run(library=o, variant=v, lr=lr, seed=seeds[0]) for lr in (1e-3, 3e-3) for o,v in starts[1:]]
     if part=='small': return [replace(small, library=o, variant=v, lr=lr) for lr in (1e-3, 3e-3, 3e-4) for o,v in starts]
     return [replace(small, variant=o, seed=s) for s in seeds for o in variants]
 

@@ -8,7 +8,8 @@ results = Path(__file__).parent/'results'
 def processor():
     "What the system calls the processor"
     info = Path('/proc/cpuinfo')
-    names = [l.split(':', 1)[1].strip() for l in info.read_text().splitlines() if l.startswith('model name')] if info.exists() else []
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [l.split(':', 1)[1].strip() for l in lines if l.startswith('model name')]
     return names[0] if names else platform.processor() or platform.machine()
 
 def version(package):
@@ -18,7 +19,8 @@ def version(package):
 def surroundings():
     "What a measurement was made with"
     import torch
-    return dict(torch=torch.__version__, reformer_pytorch=version('reformer_pytorch'), transformers=version('transformers'),
+    peers = {o: version(o) for o in ('reformer_pytorch', 'transformers')}
+    return dict(torch=torch.__version__, **peers,
                 python=platform.python_version(), threads=torch.get_num_threads(), cores=os.cpu_count(), processor=processor())
 
 def line(values):
@@ -48,11 +50,13 @@ def read(path):
     "Rows of a file as dictionaries, numbers as numbers; none if there is no file"
     path = results/path
     if not path.exists(): return []
-    with open(path, encoding='utf-8', newline='') as f: return [{k: number(v) for k,v in row.items()} for row in csv.DictReader(f)]
+    with open(path, encoding='utf-8', newline='') as f:
+        return [{k: number(v) for k,v in row.items()} for row in csv.DictReader(f)]
 
 def table(rows, *columns):
-    "Some columns, or all, as a Markdown table"
+    "Some columns, or all, as a Markdown table; says so if there is nothing yet"
     from IPython.display import Markdown
+    if not rows: return Markdown('*Not measured yet.*')
     columns = columns or tuple(rows[0])
-    cells = [columns, ['---']*len(columns), *([row.get(c, '') for c in columns] for row in rows)]
+    cells = [columns, ['---']*len(columns), *([row.get(k, '') for k in columns] for row in rows)]
     return Markdown('\n'.join('| '+' | '.join(map(str, o))+' |' for o in cells))

@@ -76,11 +76,12 @@ def language_model_step(n, vocabulary, reversible=True, **options):
     "A language model of ours and its loss over all tokens; without reversibility all activations are kept"
     from reformer_nb import ReformerLM
     torch.manual_seed(0)
-    model,tokens = ReformerLM(vocabulary, max_seq_len=n, causal=True, reverse_thres=0 if reversible else n, **options),torch.randint(vocabulary, (1, n+1))
+    tokens = torch.randint(vocabulary, (1, n+1))
+    model = ReformerLM(vocabulary, max_seq_len=n, causal=True, reverse_thres=0 if reversible else n, **options)
     return list(model.parameters()),lambda: (model.loss(tokens), None)
 
-example_options = dict(num_tokens=20000, dim=1024, max_seq_len=8192, heads=8, lsh_dropout=.1, emb_dim=128, causal=True, bucket_size=64,
-                       n_hashes=4, ff_chunks=200, weight_tie=False, attn_chunks=8, num_mem_kv=128, twin_attention=False,
+example_options = dict(num_tokens=20000, dim=1024, max_seq_len=8192, heads=8, lsh_dropout=.1, emb_dim=128, causal=True,
+                       bucket_size=64, n_hashes=4, ff_chunks=200, weight_tie=False, attn_chunks=8, num_mem_kv=128, twin_attention=False,
                        use_full_attn=False, full_attn_thres=1024, use_scale_norm=False)
 
 def example_step(who, depth=12, n=8192):
@@ -93,7 +94,8 @@ def example_step(who, depth=12, n=8192):
         return list(model.parameters()),lambda: (model.loss(tokens), None)
     from reformer_pytorch import ReformerLM as Theirs
     model = Theirs(depth=depth, **{k: v for k,v in example_options.items() if k!='twin_attention'})
-    return list(model.parameters()),lambda: (F.cross_entropy(model(tokens[:,:-1]).flatten(0, 1), tokens[:,1:].flatten()), None)
+    def loss(): return F.cross_entropy(model(tokens[:,:-1]).flatten(0, 1), tokens[:,1:].flatten())
+    return list(model.parameters()),lambda: (loss(), None)
 
 steps = dict(layer=layer_step, core=core_step, model=language_model_step, example=example_step)
 
@@ -124,7 +126,7 @@ def held(field):
     return 1024*int(next(l for l in lines if l.startswith(field)).split()[1])
 
 def most_allocated(step):
-    "The most bytes that tensors take at a time during a step, as torch's profiler counts them: no matter what the allocator makes of it"
+    "The most bytes that tensors take at a time during a step, by torch's profiler, whatever the allocator makes of it"
     from torch.profiler import ProfilerActivity, profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as p: timed(step)
     events = sorted((e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name()=='[memory]')
@@ -141,15 +143,19 @@ def measure_memory(what, count=True, **options):
     _,seconds = timed(step)
     peak,gradients = held('VmHWM')-before,sum(o.grad.nbytes for o in leaves if o.grad is not None)
     for o in leaves: o.grad = None
-    return dict(peak=peak, allocated=most_allocated(step) if count else 0, gradients=gradients, weights=sum(o.nbytes for o in leaves), seconds=seconds)
+    return dict(peak=peak, allocated=most_allocated(step) if count else 0, gradients=gradients,
+                weights=sum(o.nbytes for o in leaves), seconds=seconds)
 
-allocators = {'default': {}, 'large blocks returned': dict(MALLOC_MMAP_THRESHOLD_=str(2**20)), 'huge pages': dict(THP_MEM_ALLOC_ENABLE='1')}
+# environment of a process: glibc's default, and one that gives all blocks of a megabyte and more back at once
+allocators = {'default': {}, 'large blocks returned': dict(MALLOC_MMAP_THRESHOLD_=str(2**20))}
+measured = ('peak', 'allocated', 'gradients', 'weights', 'seconds')
 
 def in_own_process(threads, what, allocator='default', **options):
     "`measure_memory` in a new process, in MB; empty if the process is killed for want of memory"
     given,env = json.dumps(dict(options, what=what)),os.environ | allocators[allocator]
-    res = subprocess.run([sys.executable, __file__, '--threads', str(threads), '--one', given], capture_output=True, text=True, env=env)
-    if res.returncode in (-9, 137): return dict(peak='', allocated='', gradients='', weights='', seconds='', allocator=allocator)
+    command = [sys.executable, __file__, '--threads', str(threads), '--one', given]
+    res = subprocess.run(command, capture_output=True, text=True, env=env)
+    if res.returncode in (-9, 137): return dict.fromkeys(measured, '') | dict(allocator=allocator)
     if res.returncode: raise SystemExit(res.stderr)
     found = json.loads(res.stdout.splitlines()[-1])
     return {k: round(v if k=='seconds' else v/2**20, 1) for k,v in found.items()} | dict(allocator=allocator)
@@ -177,7 +183,8 @@ def core(quick, threads):
     for n in [2**i for i in range(12, 14 if quick else 17)]:
         rate,found = matrix_rate(),in_turns(dict(core=core_step(n)[1]), 3 if quick else 7, 60)['core']
         product = 4*heads*n*2*bucket_size*(width//heads)*2   # operations of one product of all windows, 4 rounds
-        yield dict(n=n, **found, products_gflop=round(7*product/1e9, 2), gflops=round(7*product/found['both']/1e9, 1), matrix_gflops=round(rate/1e9, 1))
+        done = 7*product/1e9
+        yield dict(n=n, **found, products_gflop=round(done, 2), gflops=round(done/found['both'], 1), matrix_gflops=round(rate/1e9, 1))
 
 def rounds(quick, threads):
     n,counts = 2048 if quick else 8192,(1, 4) if quick else (1, 2, 4, 8)
@@ -199,9 +206,10 @@ def depth(quick, threads):
     n = 1024 if quick else 4096
     for reversible,allocator in ((True, 'default'), (True, 'large blocks returned'), (False, 'default')):
         for d in (1, 4) if quick else (1, 2, 4, 8, 12, 24):
-            found = in_own_process(threads, 'model', allocator, n=n, vocabulary=256, depth=d, reversible=reversible, **small)
-            buckets = 2*small['n_hashes']*small['heads']*n*d/2**20
-            yield dict(n=n, depth=d, reversible=reversible, **found, buckets=round(buckets, 2), rest=round(found['allocated']-found['gradients']-buckets, 1))
+            options = dict(n=n, depth=d, reversible=reversible)
+            found = in_own_process(threads, 'model', allocator, vocabulary=256, **options, **small)
+            buckets = round(2*small['n_hashes']*small['heads']*n*d/2**20, 2)
+            yield options | found | dict(buckets=buckets, rest=round(found['allocated']-found['gradients']-buckets, 1))
 
 def vocabulary(quick, threads):
     n = 1024 if quick else 4096
@@ -216,8 +224,9 @@ def example(quick, threads):
     for o in who: yield dict(who=o, **options, **found[o], **{k: peaks[o][k] for k in ('peak', 'gradients', 'weights', 'allocator')})
 
 def million(quick, threads):
+    options = dict(vocabulary=256, dim=128, depth=2, heads=2, dim_head=64, n_hashes=2, bucket_size=64)
     for n in (2**14,) if quick else (2**18, 2**20):
-        yield dict(n=n, **in_own_process(threads, 'model', count=False, n=n, vocabulary=256, dim=128, depth=2, heads=2, dim_head=64, n_hashes=2, bucket_size=64))
+        yield dict(n=n, **in_own_process(threads, 'model', count=False, n=n, **options))
 
 parts = dict(layer=layer, core=core, rounds=rounds, memory=memory, depth=depth, vocabulary=vocabulary, example=example, million=million)
 
