@@ -74,7 +74,7 @@ def attend_by_length(
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
     attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
-    backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
+    backend:str='auto', # 'fused', 'triton', 'reference', or 'auto', which chooses
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
     "LSH attention of long rows, full attention of short ones"
     common,masks = dict(query_len=query_len, causal=causal, scale=scale, dropout=dropout),dict(mask=mask, key_mask=key_mask, attn_mask=attn_mask)

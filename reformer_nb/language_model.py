@@ -269,7 +269,7 @@ class ReformerLM(UpstreamWeights, TokenModel, NextToken, Generative, Pretrained)
         local_memory:bool=True, # local heads see memory and context too
         n_buckets:int|tuple|None=None, # a fixed number of buckets, or its factors; None derives it from the length of each row
         look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
-        backend:str='auto', # of LSH attention: 'fused', 'reference', or 'auto', which chooses
+        backend:str='auto', # of LSH attention: 'fused', 'triton', 'reference', or 'auto', which chooses
         scale:float=1., # factor of the attention scores
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
         rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'

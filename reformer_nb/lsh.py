@@ -196,15 +196,15 @@ def who_sees_whom(
                               attend_across_buckets=attend_across_buckets, attn_mask=attn_mask)
 
 # %% ../nbs/04_lsh.ipynb #choose-fused
-backends = ('auto', 'fused', 'reference')
+backends = ('auto', 'fused', 'triton', 'reference')
 
 def choose_fused(
-    backend:str, # 'auto', 'fused' or 'reference'
+    backend:str, # 'auto', 'fused', 'triton' or 'reference'
     device:torch.device, # where to compute
 )->bool: # whether the fused form is to compute it; 'auto' takes it on the CPU, where it was measured, outside of compiled graphs
     "Choose between the fused form and the one written for reading"
     check_choice('backend', backend, backends)
-    return backend=='fused' or backend=='auto' and device.type=='cpu' and not torch.compiler.is_compiling()
+    return backend in ('fused', 'triton') or backend=='auto' and device.type=='cpu' and not torch.compiler.is_compiling()
 
 # %% ../nbs/04_lsh.ipynb #causal-kind
 def keys_across(
@@ -239,7 +239,7 @@ def lsh_attention(
     query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
     key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
     attn_mask:Tensor|None=None, # (b, query_len, n) True or 1 where query i may see key j
-    backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
+    backend:str='auto', # 'fused', 'triton', 'reference', or 'auto', which chooses
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
     "Attention of each query to the keys of its chunk and of the chunk before it, in all hash rounds"
     check_lsh_inputs(qk, v, buckets, bucket_size)
@@ -252,7 +252,8 @@ def lsh_attention(
         from reformer_nb.strict import strict_attention   # of a later notebook, like the next
         return strict_attention(qk, v, buckets, **common, backend=backend)
     if choose_fused(backend, qk.device):
-        from reformer_nb.fused import fused_lsh_attention
+        if backend=='triton': from reformer_nb.triton_lsh import triton_lsh_attention as fused_lsh_attention
+        else: from reformer_nb.fused import fused_lsh_attention
         return fused_lsh_attention(qk, v, buckets, **common, causal=causal, look_back=look_back, attend_across_buckets=attend_across_buckets)
     qk,v,buckets,real = pad_inputs(qk, zero_padding(v, key_mask), buckets, real_tokens(qk, mask), m)
     keys = real if key_mask is None else real & pad_to_multiple(key_mask, m)
@@ -377,7 +378,7 @@ class LSHAttention(HashedAttention):
         rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'
         scale:float=1., # factor of the scores
         look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
-        backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
+        backend:str='auto', # 'fused', 'triton', 'reference', or 'auto', which chooses
     ):
         super().__init__()
         check_rate('dropout', dropout)

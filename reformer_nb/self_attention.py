@@ -311,7 +311,7 @@ class LSHSelfAttention(UpstreamWeights, StatefulSelfAttention):
         local_memory:bool=True, # False: local heads see neither memory nor context
         n_buckets:int|tuple|None=None, # a fixed number of buckets, or its factors; None derives it from the length of each row
         look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
-        backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
+        backend:str='auto', # 'fused', 'triton', 'reference', or 'auto', which chooses
         scale:float=1., # factor of the scores
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
         rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'

@@ -182,7 +182,7 @@ def strict_rounds(
     scale:float=1., # factor of the scores
     dropout:float=0., # share of the weights that are zeroed
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
-    backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
+    backend:str='auto', # 'fused', 'triton', 'reference', or 'auto', which chooses
 )->tuple: # outputs (b, h, k, query_len, d) and log-sum-exps (b, h, k, query_len) of k parts, which `merge_rounds` makes one
     "Attention to the text, and to what stands outside of it, not yet merged"
     n,real = query_len,real_tokens(qk, mask)
@@ -215,7 +215,7 @@ def strict_attention(
     query_len:int|None=None, # how many positions ask, the first ones; later ones stand outside of time; None means all n
     key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
     attn_mask:Tensor|None=None, # (b, query_len, n) True or 1 where query i may see key j
-    backend:str='auto', # 'fused', 'reference', or 'auto', which chooses
+    backend:str='auto', # 'fused', 'triton', 'reference', or 'auto', which chooses
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
     "Attention of each query to the last `bucket_size` earlier keys of its bucket, in all hash rounds"
     check_lsh_inputs(qk, v, buckets, bucket_size)
