@@ -175,6 +175,7 @@ def run_backward(
         streams[to] = add_exactly(streams[to], -out)
         d_streams[1-to] = d_streams[1-to] + dx
         for i,d in found.items(): d_leaves[i] = d if d_leaves[i] is None else d_leaves[i] + d
+        del out,dx   # the next branch needs the room
     return streams,d_streams,d_leaves,drifts
 
 # %% ../nbs/08_reversible.ipynb #check-drift
