@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_accelerator', 'place', 'run_identity', 'write_text', 'KeepsCheckpoints', 'RunFiles', 'read_metrics',
-           'check_corpus', 'is_stale', 'status', 'Steps', 'agree', 'Trainer']
+           'check_corpus', 'share_done', 'is_stale', 'status', 'agree', 'Steps', 'Trainer']
 
 # %% ../nbs/18b_trainer.ipynb #imports
 import hashlib, json, math, time
@@ -167,6 +167,16 @@ def check_corpus(
     raise ValueError(f'{corpus.name}: {train:,} bytes to train on, {valid:,} and {test:,} held out are too few for '
                      f'seq_len={settings.seq_len}; give more text, or a smaller seq_len')
 
+# %% ../nbs/18b_trainer.ipynb #share-done
+def share_done(
+    step:int, # steps that were done
+    seconds:float, # that they took
+    settings:TrainSettings, # how to train
+)->float: # 1 or more ends the run
+    "The share of a run that is done: of its steps or of its time, whichever is further"
+    s = settings
+    return max(step/s.steps if s.steps else 0, seconds/60/s.minutes if s.minutes else 0)
+
 # %% ../nbs/18b_trainer.ipynb #is-stale
 def is_stale(
     step:int, # steps that were done
@@ -189,14 +199,21 @@ def status(
     bits = sum(o['bits_per_byte'] for o in recent)/len(recent)
     return f'{bits:.2f} bits/byte, {len(recent)*s.batch_size*s.seq_len/max(seconds, 1e-3):,.0f} tokens/s'
 
+# %% ../nbs/18b_trainer.ipynb #agree
+def agree(
+    accelerator:Accelerator, # of this process and the others
+    seconds:float, # that passed here
+    stopped:bool, # whether a signal came here
+)->tuple: # the longest time, and whether a signal came to any process
+    "What all processes agree on"
+    if accelerator.num_processes==1: return seconds,stopped
+    mine = torch.tensor([[seconds, stopped]], device=accelerator.device)
+    seconds,stopped = accelerator.gather(mine).amax(0).tolist()
+    return seconds,bool(stopped)
+
 # %% ../nbs/18b_trainer.ipynb #steps
 class Steps(RunFiles):
-    "One step, and what is due after it"
-    def progress(self)->float: # 1 or more ends the run
-        "The share of the run that is done: of its steps or of its time, whichever is further"
-        s = self.settings
-        return max(self.step/s.steps if s.steps else 0, self.seconds/60/s.minutes if s.minutes else 0)
-
+    "One step, what is due after it, and whether it was the last"
     def one_step(self,
         start:float, # when the run began, by the monotonic clock
     )->None:
@@ -204,7 +221,7 @@ class Steps(RunFiles):
         s,a = self.settings,self.accelerator
         batch = batch_at(self.corpus.train, self.step, batch_size=s.batch_size, seq_len=s.seq_len, seed=s.seed)
         loss = train_step(self.net, self.opt, batch.chunk(a.num_processes)[a.process_index], a,
-                          lr=learning_rate(self.progress(), s), clip=s.clip, pieces=s.pieces)
+                          lr=learning_rate(share_done(self.step, self.seconds, s), s), clip=s.clip, pieces=s.pieces)
         self.step,self.seconds = self.step+1,time.monotonic()-start
         record = dict(step=self.step-1, seconds=round(self.seconds, 3), bits_per_byte=loss/math.log(2))
         if s.eval_every and self.step%s.eval_every==0: record['valid'] = self.evaluate()
@@ -220,17 +237,14 @@ class Steps(RunFiles):
         if self.best is None or bits<self.best['bits_per_byte']: self.best = dict(step=self.step, bits_per_byte=bits)
         return bits
 
-# %% ../nbs/18b_trainer.ipynb #agree
-def agree(
-    accelerator:Accelerator, # of this process and the others
-    seconds:float, # that passed here
-    stopped:bool, # whether a signal came here
-)->tuple: # the longest time, and whether a signal came to any process
-    "What all processes agree on"
-    if accelerator.num_processes==1: return seconds,stopped
-    mine = torch.tensor([[seconds, stopped]], device=accelerator.device)
-    seconds,stopped = accelerator.gather(mine).amax(0).tolist()
-    return seconds,bool(stopped)
+    def ended(self,
+        asked:list, # signals that came
+    )->bool:
+        "Whether steps or minutes are up, the model no longer improves, or a signal came; all processes agree"
+        self.seconds,stopped = agree(self.accelerator, self.seconds, bool(asked))
+        over = share_done(self.step, self.seconds, self.settings)>=1 or is_stale(self.step, self.best, self.settings)
+        self.interrupted = stopped and not over
+        return over or stopped
 
 # %% ../nbs/18b_trainer.ipynb #trainer
 class Trainer(Steps):
@@ -252,15 +266,6 @@ class Trainer(Steps):
         self.step,self.seconds = 0,0.   # steps that were done, and their time
         self.best = None   # {'step': when, 'bits_per_byte': what} of the best evaluation
         self.history,self.interrupted = [],False   # a record for each step; whether a signal ended the run
-
-    def ended(self,
-        asked:list, # signals that came
-    )->bool:
-        "Whether steps or minutes are up, the model no longer improves, or a signal came; all processes agree"
-        self.seconds,stopped = agree(self.accelerator, self.seconds, bool(asked))
-        over = self.progress()>=1 or is_stale(self.step, self.best, self.settings)
-        self.interrupted = stopped and not over
-        return over or stopped
 
     def fit(self,
         resume:bool=False, # go on from the newest checkpoint in `out`, if there is one
