@@ -148,7 +148,7 @@ class Plan:
     seconds:float # of a step
     peak:float # bytes of the process
     parts:dict # {name: bytes} that the peak is made of
-    longest:int|None = None # tokens in a row that fit the budget
+    longest:int|None = None # tokens in a row that fit the budget, at most 8*seq_len
     budget:float|None = None # bytes
     others:list = field(default_factory=list) # plans for changed models
     best:object = None # the fastest plan that fits, or None
@@ -162,6 +162,7 @@ class Plan:
         "One line of text"
         what = ', '.join(f'{k}={v}' for k,v in self.changes.items()) or 'as it is'
         fit = '' if self.budget is None else (', fits' if self.fits else ', too large') + f', longest row {self.longest:,}'
+        if self.longest==8*self.seq_len: fit += ' or more'
         return f'{what}: {self.peak/2**30:.2f} GiB, {self.seconds:.2f} s a step{fit}'
 
     def __repr__(self):
@@ -176,10 +177,12 @@ def longest_row(
     peak, # from seq_len to bytes
     budget:float, # bytes
     seq_len:int, # what was asked for
-)->int: # 0 if nothing fits
+)->int: # 0 if nothing fits, at most 8*seq_len: the line is not trusted further
     "The longest row whose peak is within the budget, to about a hundredth"
     low,high = 0,seq_len
-    while peak(high)<=budget and high<2**24: low,high = high,2*high
+    while peak(high)<=budget:
+        if high>=8*seq_len: return high
+        low,high = high,2*high
     while high-low>max(1, high//100):
         middle = (low+high)//2
         if peak(middle)<=budget: low = middle
