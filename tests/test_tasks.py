@@ -138,7 +138,7 @@ def test_on_the_weights_of_a_language_model(options):
     for cls in (SequenceClassifier, TokenTagger):
         model = cls.from_language_model(lm, 3).eval()
         seen = []
-        hook = lm.norm.register_forward_hook(lambda net, args, out: seen.append(out))
+        hook = lm.norm.register_forward_hook(lambda net, args, out, seen=seen: seen.append(out))
         lm(tokens())
         hook.remove()
         torch.testing.assert_close(model.net(tokens()), seen[0], rtol=0, atol=1e-12)
