@@ -101,8 +101,8 @@ def probe_sizes(
     most:int=4096, # tokens of a probe
 )->list: # of (depth, seq_len, batch_size)
     "Smaller steps from which a larger one can be foretold"
-    depth,top = config['depth'],min(seq_len, most)
-    parts = (4, 2, 1) if attends_fully(config, seq_len) else (2, 1)
+    depth,full = config['depth'],attends_fully(config, seq_len)
+    parts,top = ((4, 2, 1) if full else (2, 1)),min(seq_len, most*(1+full))   # squares are followed further
     lengths = [(max(1, top//k), min(batch_size, max(1, most//top))) for k in parts]
     depths = (depth,) if depth==1 or config.get('pkm_layers') else (1, min(depth, 3))   # a memory belongs to one block
     return [(d, *o) for d in depths for o in lengths]
