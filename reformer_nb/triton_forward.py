@@ -17,7 +17,7 @@ from .fused import empty_heads
 from .lsh import last_chunk
 from .sorting import stable_order
 from .strips import drop_limit
-from .triton_tiles import (Call, as_columns, as_rows, chunk_before, constexpr, jit, kept, masked_scores, numbers_at, put, take, tile_at,
+from .triton_tiles import (KernelCall, as_columns, as_rows, chunk_before, constexpr, jit, kept, masked_scores, numbers_at, put, take, tile_at,
                                       tl, triton)
 
 # %% ../nbs/05d_triton_forward.ipynb #finite
@@ -33,7 +33,7 @@ def finite(
 def attend_tile(
     q, # pointer to (b, n, h, d)
     v, # pointer to (b, n, h, e)
-    call, # Call
+    call, # KernelCall
     bh, # number of batch row and head
     at, # round and chunk
     own, # the tile of queries, from `tile_at`
@@ -60,7 +60,7 @@ def attend_tile(
 # %% ../nbs/05d_triton_forward.ipynb #merge-round
 @jit
 def own_value(
-    call, # Call
+    call, # KernelCall
     bh, # number of batch row and head
     pos, # (tile) positions
     alone, # (tile) bool, True where a query saw nobody
@@ -74,7 +74,7 @@ def own_value(
 def merge_round(
     state, # pointer to (b, ask, h, e) float32 output of the rounds before
     lse, # pointer to (b, h, n) float32 their log-sum-exp
-    call, # Call
+    call, # KernelCall
     bh, # number of batch row and head
     pos, # (tile) positions
     found, # from `attend_tile`
@@ -100,7 +100,7 @@ def forward_kernel(
     out, # pointer to (b, ask, h, e), written in the last round
     lse, # pointer to (b, h, n) float32
     state, # pointer to (b, ask, h, e) float32
-    call, # Call
+    call, # KernelCall
     round, # hash round
 ):
     "One round of a tile of queries"
@@ -124,7 +124,7 @@ def sorted_rows(
     *,
     by_bucket:bool, # whether ids matter after the sort
     once:bool, # whether duplicates count once
-)->dict: # `order`, `buckets`, `places` and `last` of a `Call`
+)->dict: # `order`, `buckets`, `places` and `last` of a `KernelCall`
     "Sort the positions of each round"
     n,highest = buckets.shape[-1],torch.iinfo(buckets.dtype).max
     ids = pad_to_multiple(buckets.masked_fill(~rearrange(real, 'b n -> b 1 1 n'), highest), m, value=highest)
@@ -164,19 +164,19 @@ def make_call(
     dropout:float, # share of the weights that are zeroed
     look_back:str, # what precedes the first chunk: 'none', 'round' or 'rounds'
     query_len:int, # how many positions ask
-)->Call: # without its tensors
+)->KernelCall: # without its tensors
     "The numbers and constants of a call"
     limit,gain = drop_limit(dropout)
     precision = 'tf32x3' if torch.get_float32_matmul_precision()=='highest' else 'tf32'
     constants = dict(dropout=dropout>0, r=rounds, m=bucket_size, d=qk.shape[-1], e=v.shape[-1], causal=causal, strict=strict,
                      look_back=look_back, precision=precision, tile=16)
-    return Call(order=None, buckets=None, places=None, last=None, key_mask=None, attn_mask=None, factor=None, h=qk.shape[1], n=qk.shape[2],
+    return KernelCall(order=None, buckets=None, places=None, last=None, key_mask=None, attn_mask=None, factor=None, h=qk.shape[1], n=qk.shape[2],
                 s=places, ask=query_len, scale=scale/math.log(2), seed=int(torch.randint(2**62, ())) if dropout else 0,
                 limit=limit, gain=gain, **{k: constexpr(o) for k,o in constants.items()})
 
 # %% ../nbs/05d_triton_forward.ipynb #launch-size
 def launch_size(
-    call:Call, # from `make_call`
+    call:KernelCall, # from `make_call`
     x:Tensor, # (b, h, n, d) for its dtype and batch
     budget:int, # see `tile_rows`
 )->tuple: # the call with its tile, programs (tiles, b*h), number of warps
@@ -202,7 +202,7 @@ def key_factors(
 def forward_pass(
     q:Tensor, # (b, h, n, d) from `by_token`
     v:Tensor, # (b, h, n, e) from `by_token`
-    call:Call, # with its tensors
+    call:KernelCall, # with its tensors
     padded:bool, # whether some rows are padding, which no program writes
 )->tuple: # output (b, h, ask, e) and log-sum-exp (b, h, n) to the base 2, inf for a token that sees nobody
     "All rounds of the forward kernel"

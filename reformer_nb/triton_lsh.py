@@ -15,7 +15,7 @@ from .fused import OnceOnly, empty_heads, hide_padding
 from .lsh import check_lsh_inputs, real_tokens
 from .sorting import look_backs
 from .triton_forward import by_round, by_token, forward_pass, key_factors, launch_size, make_call, own_value, sorted_rows
-from .triton_tiles import (Call, as_columns, as_rows, check_triton, chunk_after, chunk_before, jit, kept, masked_scores, numbers_at, put,
+from .triton_tiles import (KernelCall, as_columns, as_rows, check_triton, chunk_after, chunk_before, jit, kept, masked_scores, numbers_at, put,
                                       take, tile_at, tl, triton)
 
 # %% ../nbs/05e_triton.ipynb #delta-kernel
@@ -24,7 +24,7 @@ def delta_kernel(
     grad, # pointer to (b, ask, h, e)
     out, # pointer to (b, ask, h, e)
     delta, # pointer to (b, h, n) float32, written
-    call, # Call
+    call, # KernelCall
 ):
     "Products of outputs and their gradients"
     pos,bh = tl.program_id(0)*call.tile + tl.arange(0, call.tile),tl.program_id(1)
@@ -39,7 +39,7 @@ def query_side(
     grad, # pointer to (b, ask, h, e)
     lse, # pointer to (b, h, n) float32
     delta, # pointer to (b, h, n) float32
-    call, # Call
+    call, # KernelCall
     bh, # number of batch row and head
     at, # round and chunk
     own, # the tile of queries, from `tile_at`
@@ -70,7 +70,7 @@ def key_side(
     grad, # pointer to (b, ask, h, e)
     lse, # pointer to (b, h, n) float32
     delta, # pointer to (b, h, n) float32
-    call, # Call
+    call, # KernelCall
     bh, # number of batch row and head
     at, # round and chunk
     own, # the tile of keys, from `tile_at`
@@ -108,7 +108,7 @@ def backward_kernel(
     dv_sum, # pointer to (b, n, h, e) float32
     dqk, # pointer to (b, n, h, d), written in the last round
     dv, # pointer to (b, n, h, e), written in the last round
-    call, # Call
+    call, # KernelCall
     round, # hash round
 ):
     "One round of the gradients of a tile"
@@ -135,7 +135,7 @@ def backward_pass(
     out:Tensor, # (b, h, ask, e) from `forward_pass`
     lse:Tensor, # (b, h, n) from `forward_pass`
     grad:Tensor, # (b, h, ask, e) gradient of the output, from `by_token`
-    call:Call, # with its tensors
+    call:KernelCall, # with its tensors
     padded:bool, # whether some rows are padding, which no program writes
 )->tuple: # gradients of qk (b, h, n, d) and of v (b, h, n, e)
     "All rounds of the backward kernel"
@@ -155,11 +155,11 @@ class TritonLSH(torch.autograd.Function):
         qk:Tensor, # (b, h, n, d)
         v:Tensor, # (b, h, n, e)
         mask:Tensor|None, # (b, n) bool
-        call:Call, # without its tensors
-        *tensors:Tensor|None, # the first six of a `Call`
+        call:KernelCall, # without its tensors
+        *tensors:Tensor|None, # the first six of a `KernelCall`
     )->tuple: # output (b, h, ask, e) and log-sum-exp (b, h, n)
         "Attend, round by round"
-        call = Call(*tensors, key_factors(qk), *call[7:])
+        call = KernelCall(*tensors, key_factors(qk), *call[7:])
         return forward_pass(by_token(qk), by_token(v), call, mask is not None)
 
     @staticmethod
@@ -184,7 +184,7 @@ class TritonLSH(torch.autograd.Function):
         if grad is None: return (None,)*10
         qk,v,mask,out,lse,*tensors = ctx.saved_tensors
         with torch.no_grad():
-            call = Call(*tensors, key_factors(qk), *ctx.call[7:])
+            call = KernelCall(*tensors, key_factors(qk), *ctx.call[7:])
             given = by_token(hide_padding(grad, mask))
             dqk,dv = backward_pass(by_token(qk), by_token(v), out, lse, given, call, mask is not None)
         if torch.is_grad_enabled(): dqk,dv = OnceOnly.apply(dqk, dv, grad, qk, v)   # create_graph=True

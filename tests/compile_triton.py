@@ -7,7 +7,7 @@ from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 from reformer_nb.triton_forward import forward_kernel, n_warps, tile_rows
 from reformer_nb.triton_lsh import backward_kernel, delta_kernel
-from reformer_nb.triton_tiles import Call
+from reformer_nb.triton_tiles import KernelCall
 
 class Absent:
     "Stands for a driver where there is no GPU"
@@ -29,7 +29,7 @@ def compiled(dtype, m, d, rare):
     x,f32,i32,flag = (MockTensor(o) for o in (dtype, torch.float32, torch.int32, torch.bool))
     row = d*dtype.itemsize
     constants = dict(dropout=rare, r=4, m=m, d=d, e=d, causal=True, strict=False, look_back='rounds' if rare else 'none', precision='tf32x3')
-    call = Call(i32, i32 if rare else None, i32 if rare else None, i32, flag if rare else None, flag if rare else None, f32, 8, 8192, 8192, 8192,
+    call = KernelCall(i32, i32 if rare else None, i32 if rare else None, i32, flag if rare else None, flag if rare else None, f32, 8, 8192, 8192, 8192,
                 .5, 2**40, 5, 1.25, **{k: constexpr(o) for k,o in constants.items()}, tile=constexpr(tile_rows(m, row, 8192)))
     options = dict(grid=(1,), num_warps=n_warps(row))
     yield 'forward',call.tile.value,used(forward_kernel.warmup(x, x, x, f32, f32, call, 2, **options))

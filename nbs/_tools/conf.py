@@ -25,7 +25,7 @@ myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'deflist', 'fi
 myst_heading_anchors = 4
 math_numfig = False
 math_eqref_format = 'eq. {number}'
-mathjax_path = 'mathjax/tex-svg-full.js'
+mathjax_path = 'mathjax/tex-chtml.js'
 mathjax3_config = dict(options=dict(enableMenu=False))
 
 html_theme = 'furo'

@@ -24,15 +24,23 @@ def changed():
     return sorted({l.split('  ', 1)[1] for l in set(old) ^ set(inputs())})
 
 def mathjax(dest):
-    "Copy the one file of MathJax that the pages load out of the package which brings it"
-    js, = (p for p in files('sphinx-mathjax-offline') if p.name=='tex-svg-full.js')
-    dest.mkdir(parents=True)
+    "Copy the one file of MathJax that the pages load, and its fonts, out of the package which brings them"
+    found = [p for p in files('sphinx-mathjax-offline') if p.name=='tex-chtml.js' or 'woff-v2' in p.parts]
     note = b'/* MathJax, Apache License 2.0, https://www.mathjax.org */\n'
-    (dest/js.name).write_bytes(note + js.locate().read_bytes())
+    for p in found:
+        at = dest.joinpath(*p.parts[p.parts.index('mathjax')+1:])
+        at.parent.mkdir(parents=True, exist_ok=True)
+        at.write_bytes((note if p.suffix=='.js' else b'') + p.locate().read_bytes())
 
-def lean(html):
-    "A page without versions of tools, which differ between machines, and without marks around names, operators and punctuation in code, which are most of them"
-    return re.sub(r'<span class="(?:n|nn|o|p|w)">([^<]*)</span>', r'\1', re.sub(r'<!-- Generated with .*? -->', '', html))
+def lean(html, source=False):
+    "A page without what differs between machines or nobody sees: versions of tools, marks around all but keywords, strings and comments in code, names that pop up over links to them, indentation; `source` pages lose all marks and the list of pages"
+    html = re.sub(r'<!-- Generated with .*? -->', '', html)
+    html = re.sub(r'(<a class="[^"]*" href="[^"]*") title="[^"]*"', r'\1', html)
+    html = html.replace(' notranslate"', '"')
+    marks = r'[a-z]{1,3}\d?' if source else 'n|nn|nc|nd|nf|nb|ne|o|ow|p|w|mi|mf|kc|bp|si|se|sa|fm|vm|pre'
+    for _ in range(2): html = re.sub(f'<span class="(?:{marks})">([^<]*)</span>', r'\1', html)   # some stand in others
+    html = ''.join(o if o.startswith('<pre') else re.sub(r'\n\s+', '\n', o) for o in re.split(r'(<pre.*?</pre>)', html, flags=re.S))
+    return re.sub(r'<div class="sidebar-tree">.*?</ul>\s*</div>', '<div class="sidebar-tree"></div>', html, flags=re.S) if source else html
 
 def build():
     shutil.rmtree(work, ignore_errors=True)
@@ -41,7 +49,7 @@ def build():
     python(here/'prep.py', work/'src')
     python('-m', 'sphinx', '-q', '-W', '--keep-going', '-c', here, '-d', work/'doctrees', work/'src', work/'html')
     for p in [work/'html'/'.buildinfo', *(work/'html').rglob('*.map')]: p.unlink(missing_ok=True)   # of no use to readers
-    for p in (work/'html').rglob('*.html'): p.write_text(lean(p.read_text(encoding='utf-8')), encoding='utf-8')
+    for p in (work/'html').rglob('*.html'): p.write_text(lean(p.read_text(encoding='utf-8'), '_modules' in p.parts), encoding='utf-8')
     (work/'html'/'.nojekyll').touch()   # GitHub Pages: serve folders whose names start with _
     shutil.rmtree(docs, ignore_errors=True)
     shutil.move(work/'html', docs)

@@ -192,7 +192,11 @@ def main(dest):
         at = p.relative_to(cfg.nbs_path)
         page,copy = at.parent/slug(p),dest/'notebooks'/at
         for d in (copy.parent, (dest/page).parent): d.mkdir(parents=True, exist_ok=True)
-        copy.write_text(json.dumps(json.loads(p.read_text(encoding='utf-8')), ensure_ascii=False, separators=(',', ':')), encoding='utf-8')
+        nb = json.loads(p.read_text(encoding='utf-8'))
+        for cell in nb['cells']:
+            cell['source'] = ''.join(cell['source'])
+            if 'outputs' in cell: cell['outputs'] = []   # the page shows them, and a run makes them again
+        copy.write_text(json.dumps(nb, ensure_ascii=False, separators=(',', ':')), encoding='utf-8')
         nbformat.write(convert(p, syms), dest/f'{page}.ipynb')
         if page.name!='index': pages[page] = title(p)
     images = cfg.nbs_path/'images'
