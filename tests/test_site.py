@@ -58,7 +58,7 @@ console.error = (...a) => errors.push(a.join(' '))
 addEventListener('load', async () => {
   await window.MathJax?.startup?.promise
   document.documentElement.setAttribute('seen', JSON.stringify({errors,
-    math: document.querySelectorAll('mjx-container svg path').length,
+    math: document.querySelectorAll('mjx-container mjx-c').length,
     failed: document.querySelectorAll('mjx-merror').length,
     plots: [...document.images].filter(o => o.naturalWidth > 99).length,
     broken: [...document.images].filter(o => !o.naturalWidth).map(o => o.src)}))
