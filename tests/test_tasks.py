@@ -135,12 +135,12 @@ def test_saved_and_read_back(kind, tmp_path):
 def test_on_the_weights_of_a_language_model(options):
     torch.manual_seed(0)
     lm = ReformerLM(**on_tokens, **options).double().eval()
+    seen = []
+    hook = lm.norm.register_forward_hook(lambda net, args, out: seen.append(out))
+    lm(tokens())
+    hook.remove()
     for cls in (SequenceClassifier, TokenTagger):
         model = cls.from_language_model(lm, 3).eval()
-        seen = []
-        hook = lm.norm.register_forward_hook(lambda net, args, out, seen=seen: seen.append(out))
-        lm(tokens())
-        hook.remove()
         torch.testing.assert_close(model.net(tokens()), seen[0], rtol=0, atol=1e-12)
         with torch.no_grad(): model.net.token_emb.weight.add_(1)
         assert lm.token_emb.weight.mean()<.5   # a copy

@@ -25,6 +25,7 @@ myst_enable_extensions = ['dollarmath', 'amsmath', 'colon_fence', 'deflist', 'fi
 myst_heading_anchors = 4
 math_numfig = False
 math_eqref_format = 'eq. {number}'
+html_use_index = html_domain_indices = False
 mathjax_path = 'mathjax/tex-chtml.js'
 mathjax3_config = dict(options=dict(enableMenu=False))
 
