@@ -867,6 +867,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'reformer_nb.state.take_slots': ('state.html#take_slots', 'reformer_nb/state.py')},
             'reformer_nb.strict': { 'reformer_nb.strict.attend_outside': ('strict.html#attend_outside', 'reformer_nb/strict.py'),
                                     'reformer_nb.strict.attend_text': ('strict.html#attend_text', 'reformer_nb/strict.py'),
+                                    'reformer_nb.strict.check_text': ('strict.html#check_text', 'reformer_nb/strict.py'),
                                     'reformer_nb.strict.in_window': ('strict.html#in_window', 'reformer_nb/strict.py'),
                                     'reformer_nb.strict.outside_in_blocks': ('strict.html#outside_in_blocks', 'reformer_nb/strict.py'),
                                     'reformer_nb.strict.outside_keys': ('strict.html#outside_keys', 'reformer_nb/strict.py'),

@@ -88,7 +88,7 @@ class TwoModels(nn.Module):
         enc,dec = split_arguments(parts)
         force(enc, 'enc_return_embeddings', True, 'the decoder reads vectors')
         force(dec, 'dec_return_embeddings', False, 'the decoder predicts tokens')
-        force(dec, 'dec_causal', True, 'the decoder predicts the next token')
+        if dec.get('causal')!='strict': force(dec, 'dec_causal', True, 'the decoder predicts the next token')
         if cross_attention: force(dec, 'dec_cross_attention', True, 'cross_attention=True asks for it')
         enc.setdefault('bucket_size', 64)
         dec.setdefault('bucket_size', 2*enc['bucket_size'])

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 from .attention import check_masks, zero_padding
-from .core import check_choice, check_rate, mask_value, pad_to_multiple, upcast
-from .lsh import check_lsh_inputs, real_tokens
-from .sorting import look_backs, sort_by_bucket
+from .core import check_rate, mask_value, pad_to_multiple, upcast
+from .lsh import check_lsh_inputs, keys_across, real_tokens
+from .sorting import sort_by_bucket
+from .strict import check_text
 from .strips import (Block, Rules, Strip, barrier, drop_limit, kept_by_key, key_table, number_places, penalties, query_table,
                                 random_bits, slot, windows)
 
@@ -318,7 +319,7 @@ def fused_lsh_attention(
     scale:float=1., # factor of the scores
     dropout:float=0., # share of the weights that are zeroed
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
-    attend_across_buckets:bool=True, # False: only keys of the same bucket
+    attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
     query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
     key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
@@ -328,8 +329,9 @@ def fused_lsh_attention(
     "`lsh_attention` in memory for its inputs and outputs, several times as fast"
     check_lsh_inputs(qk, v, buckets, bucket_size)
     check_rate('dropout', dropout)
-    check_choice('look_back', look_back, look_backs)
+    attend_across_buckets = keys_across(causal, look_back, attend_across_buckets)
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
+    check_text(causal, query_len, qk.shape[2])
     highest = torch.iinfo(buckets.dtype).max
     if mask is not None: buckets = buckets.masked_fill(~rearrange(mask, 'b n -> b 1 1 n'), highest)
     buckets = pad_to_multiple(buckets, bucket_size, value=highest)

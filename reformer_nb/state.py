@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['new_rings', 'numbers_in_bucket', 'fill_rings', 'last_places', 'take_slots', 'attend_rings', 'count_over_rounds',
-           'recent_text', 'SegmentCall', 'TextState', 'outside_text', 'begin_text', 'hash_text', 'attend_hashed',
+           'recent_text', 'SegmentCall', 'TextState', 'begin_text', 'hash_text', 'outside_text', 'attend_hashed',
            'attend_all', 'remember', 'continue_text', 'begin_stack']
 
 # %% ../nbs/06c_state.ipynb #imports
@@ -197,19 +197,6 @@ class TextState:
 
     def __repr__(self): return f'TextState(tokens={self.count.tolist()}, {self.nbytes/2**20:.1f} MiB)'
 
-# %% ../nbs/06c_state.ipynb #outside-text
-def outside_text(
-    layer:nn.Module, # an LSHSelfAttention
-    x:Tensor, # (b, n, e) the segment
-    keys:Tensor|None, # (b, c, e) context
-    context_mask:Tensor|None, # (b, c) True or 1 where a real token stands
-)->dict: # qk and v (b, h, m+c, d), and which are real (b, m+c) bool
-    "Memory and context of a layer, projected"
-    qk,v = layer.split_heads(join_sequence(x[:,:0], layer.mem_kv, keys))
-    real = torch.ones(len(x), qk.shape[2], dtype=torch.bool, device=x.device)
-    if context_mask is not None: real[:,real.shape[1]-keys.shape[1]:] = as_mask(context_mask, keys.shape[:2], 'context_mask')
-    return dict(out_qk=qk, out_v=v, out_real=real)
-
 # %% ../nbs/06c_state.ipynb #begin-text
 def begin_text(
     layer:nn.Module, # an LSHSelfAttention
@@ -243,6 +230,19 @@ def hash_text(
     "Bucket ids by the rotations of the state"
     factors = layer.hasher.factors(1)
     return assign_buckets(qk, state['rotations'], factors, mask=real, n_ids=math.prod(factors), n_best=layer.hasher.n_best)
+
+# %% ../nbs/06c_state.ipynb #outside-text
+def outside_text(
+    layer:nn.Module, # an LSHSelfAttention
+    x:Tensor, # (b, n, e) the segment
+    keys:Tensor|None, # (b, c, e) context
+    context_mask:Tensor|None, # (b, c) True or 1 where a real token stands
+)->dict: # qk and v (b, h, m+c, d), and which are real (b, m+c) bool
+    "Memory and context of a layer, projected"
+    qk,v = layer.split_heads(join_sequence(x[:,:0], layer.mem_kv, keys))
+    real = torch.ones(len(x), qk.shape[2], dtype=torch.bool, device=x.device)
+    if context_mask is not None: real[:,real.shape[1]-keys.shape[1]:] = as_mask(context_mask, keys.shape[:2], 'context_mask')
+    return dict(out_qk=qk, out_v=v, out_real=real)
 
 # %% ../nbs/06c_state.ipynb #attend-hashed
 def attend_hashed(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['places_by_pairs', 'strict_counts', 'strict_attention_oracle', 'in_window', 'attend_text', 'places_in_bucket',
-           'outside_keys', 'attend_outside', 'outside_in_blocks', 'strict_rounds', 'strict_attention']
+           'check_text', 'outside_keys', 'attend_outside', 'outside_in_blocks', 'strict_rounds', 'strict_attention']
 
 # %% ../nbs/04a_strict.ipynb #imports
 from collections.abc import Callable
@@ -118,6 +118,17 @@ def places_in_bucket(
     ordered = ids.gather(-1, sorted_pos)
     return undo_sort - torch.searchsorted(ordered, ordered).gather(-1, undo_sort)
 
+# %% ../nbs/04a_strict.ipynb #check-text
+def check_text(
+    causal:bool|str, # False, True or 'strict'
+    query_len:int, # how many positions ask
+    n:int, # length
+)->None:
+    "Refuse keys outside of time where a form of strict attention knows the text alone"
+    if causal=='strict' and query_len<n:
+        raise ValueError(f"causal='strict' with query_len={query_len} of {n}: keys outside of the text are counted apart; "
+                         'give the text alone, or use lsh_attention')
+
 # %% ../nbs/04a_strict.ipynb #outside-keys
 def outside_keys(
     q_ids:Tensor, # (b, h, r, n) bucket ids of the queries
@@ -191,7 +202,7 @@ def strict_rounds(
     if choose_fused(backend, qk.device):
         from reformer_nb.fused import fused_lsh_attention   # of a later notebook
         found = fused_lsh_attention(*text, mask=real[:,:n], key_mask=seen[:,:n], attn_mask=pairs, bucket_size=bucket_size, causal='strict',
-                                    attend_across_buckets=False, return_lse=True, **options)
+                                    return_lse=True, **options)
         parts = [tuple(o[:,:,None] for o in found)]
     else: parts = [attend_text(*text, real[:,:n], seen[:,:n], bucket_size, attn_mask=pairs, **options)]
     if n<qk.shape[2]:

@@ -10,10 +10,10 @@ __all__ = ['kernel_dtypes', 'delta_kernel', 'query_side', 'key_side', 'backward_
 import torch
 from torch import Tensor
 from .attention import check_masks
-from .core import check_choice, check_rate
+from .core import check_rate
 from .fused import OnceOnly, empty_heads, hide_padding
-from .lsh import check_lsh_inputs, real_tokens
-from .sorting import look_backs
+from .lsh import check_lsh_inputs, keys_across, real_tokens
+from .strict import check_text
 from .triton_forward import by_round, by_token, forward_pass, key_factors, launch_size, make_call, own_value, sorted_rows
 from .triton_tiles import (KernelCall, as_columns, as_rows, check_triton, chunk_after, chunk_before, jit, kept, masked_scores, numbers_at, put,
                                       take, tile_at, tl, triton)
@@ -196,8 +196,6 @@ kernel_dtypes = (torch.float32, torch.bfloat16, torch.float16)
 def check_kernel_inputs(
     qk:Tensor, # (b, h, n, d)
     v:Tensor, # (b, h, n, e)
-    attend_across_buckets:bool, # whether keys of other buckets count
-    strict:bool, # whether the call is strict
 )->None:
     "Refuse what the kernels cannot do"
     check_triton(qk)
@@ -209,8 +207,6 @@ def check_kernel_inputs(
             raise ValueError(f'{name} has rows of width {x.shape[-1]}, but a tile holds 256 at most; use more heads, or fused_lsh_attention')
     if torch.bfloat16 in (qk.dtype,v.dtype) and triton.knobs.runtime.interpret:
         raise TypeError("Triton's interpreter multiplies the bits of bfloat16 as if they were integers; convert to float32")
-    if strict and attend_across_buckets:
-        raise ValueError('strict=True sees keys of the own bucket only; pass attend_across_buckets=False')
 
 # %% ../nbs/05e_triton.ipynb #attention
 def triton_lsh_attention(
@@ -219,29 +215,29 @@ def triton_lsh_attention(
     buckets:Tensor, # (b, h, r, n) integer bucket ids of each round, as `assign_buckets` gives them
     *,
     bucket_size:int=64, # chunk length m
-    causal:bool=False, # hide later positions
+    causal:bool|str=False, # hide later positions; 'strict': see the last m of the own bucket, as `strict_attention` does
     mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
     scale:float=1., # factor of the scores
     dropout:float=0., # share of the weights that are zeroed
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
-    attend_across_buckets:bool=True, # False: only keys of the same bucket
+    attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
     query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
     key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
     attn_mask:Tensor|None=None, # (b, query_len, n) True or 1 where query i may see key j
-    strict:bool=False, # see the `bucket_size` sorted places before in the own bucket, instead of chunks
 )->Tensor: # (b, h, query_len, e), zeros at masked positions
     "`fused_lsh_attention` on a GPU"
     check_lsh_inputs(qk, v, buckets, bucket_size)
     check_rate('dropout', dropout)
-    check_choice('look_back', look_back, look_backs)
-    check_kernel_inputs(qk, v, attend_across_buckets, strict)
+    check_kernel_inputs(qk, v)
+    attend_across_buckets,strict = keys_across(causal, look_back, attend_across_buckets),causal=='strict'
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
+    check_text(causal, query_len, qk.shape[2])
     masks = [None if o is None else o.contiguous() for o in (key_mask, attn_mask)]
     rounds = buckets.shape[2]
     if look_back=='rounds' and rounds==1: look_back = 'round'   # the round before is the only one
-    if strict or look_back=='rounds' and not attend_across_buckets: look_back = 'none'   # of another round, hence of another bucket
+    if look_back=='rounds' and not attend_across_buckets: look_back = 'none'   # of another round, hence of another bucket
     rows = sorted_rows(buckets, real_tokens(qk, mask), bucket_size, by_bucket=not attend_across_buckets, once=not allow_duplicate_attention)
-    call = make_call(qk, v, rounds=rounds, places=rows['order'].shape[-1], bucket_size=bucket_size, causal=causal, strict=strict, scale=scale,
+    call = make_call(qk, v, rounds=rounds, places=rows['order'].shape[-1], bucket_size=bucket_size, causal=bool(causal), strict=strict, scale=scale,
                      dropout=dropout, look_back=look_back, query_len=query_len)
     return TritonLSH.apply(qk, v, mask, call, *rows.values(), *masks)[0]

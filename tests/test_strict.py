@@ -4,10 +4,12 @@ from itertools import product
 import grids
 import pytest
 import torch
+from reformer_nb.encoder_decoder import ReformerEncDec
 from reformer_nb.fused import fused_lsh_attention
 from reformer_nb.hasher import BucketHasher
 from reformer_nb.language_model import ReformerLM
-from reformer_nb.lsh import lsh_attention
+from reformer_nb.lsh import LSHAttention, lsh_attention
+from reformer_nb.recorder import Recorder
 from reformer_nb.reformer import Reformer
 from reformer_nb.strict import strict_attention, strict_attention_oracle
 
@@ -43,7 +45,7 @@ def test_both_backends_equal_the_oracle(n, w, r, k, duplicates, mask, ask, silen
         found = results(partial(strict_attention, backend=backend), qk, v, buckets, **options)
         for a,b in zip(found, wanted): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
-@pytest.mark.parametrize('options', (dict(), dict(allow_duplicate_attention=False), dict(query_len=9), dict(dropout=.4)))
+@pytest.mark.parametrize('options', (dict(), dict(allow_duplicate_attention=False), dict(query_len=9), dict(dropout=.4), dict(query_len=9, dropout=.4)))
 def test_gradcheck(options):
     qk,v = draw(1, 2, 13, 4, seed=5).requires_grad_(),draw(1, 2, 13, 4, seed=6).requires_grad_()
     buckets = BucketHasher(2, 4, n_buckets=2).eval()(qk)
@@ -174,6 +176,35 @@ def test_gradients_of_a_second_segment():
         found.append(torch.autograd.grad(loss, list(model.parameters())))
         assert all(o.abs().max()>0 for o in found[-1])
     for a,b in zip(*found): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+def test_single_heads():
+    layer = LSHAttention(bucket_size=4, n_hashes=2, causal='strict', n_buckets=6, return_attn=True).eval()
+    x,y = draw(6, 37, 8, seed=1),draw(6, 37, 8, seed=2)
+    out,attn,_ = layer(x, y)
+    torch.testing.assert_close(out, attn@y, rtol=0, atol=1e-12)
+    torch.testing.assert_close(layer(x[:,:20], y[:,:20])[0], out[:,:20], rtol=0, atol=1e-12)
+
+def test_recorded_in_one_piece_only():
+    recorder,text = Recorder(new_model()),tokens_of(1, 20)
+    with torch.no_grad(): recorder(text)
+    attn = recorder.recordings[0][0]['attn']
+    torch.testing.assert_close(attn.sum(-1), torch.ones_like(attn[...,0]))
+    assert not attn.triu(1).any()
+    with pytest.raises(ValueError, match='use_cache=False'): recorder.generate(text, 3)
+    recorder.generate(text, 3, use_cache=False)
+    recorder.turn_off()
+    recorder.generate(text, 3)
+
+def test_a_strictly_causal_decoder():
+    torch.manual_seed(0)
+    model = ReformerEncDec(12, enc_num_tokens=29, enc_depth=1, enc_max_seq_len=32, enc_heads=2, enc_dim_head=6, enc_bucket_size=4, cross_attention=True,
+                           dec_num_tokens=29, dec_depth=1, dec_max_seq_len=32, dec_heads=2, dec_dim_head=6, dec_bucket_size=4, dec_causal='strict').double().eval()
+    seen,start = tokens_of(2, 16),tokens_of(2, 3, seed=1)
+    found = model.generate(seen, start, 9, temperature=0)   # cached
+    text = start
+    with torch.no_grad():
+        for _ in range(9): text = torch.cat([text, model(seen, text)[:,-1:].argmax(-1)], 1)
+    assert torch.equal(found, text[:,3:])
 
 def test_bad_states():
     model,text = new_model(),tokens_of(2, 20)

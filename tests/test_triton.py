@@ -7,8 +7,10 @@ import grids
 import pytest
 pytest.importorskip('triton')
 from reformer_nb import triton_forward, triton_tiles
-from reformer_nb.attention import lsh_attention_oracle, multiset_weights, sorted_rank, visible_pairs, weighted_values
+from reformer_nb.attention import lsh_attention_oracle
 from reformer_nb.hasher import BucketHasher
+from reformer_nb.self_attention import LSHSelfAttention
+from reformer_nb.strict import strict_attention_oracle
 from reformer_nb.triton_forward import tile_rows
 from reformer_nb.triton_lsh import triton_lsh_attention
 
@@ -45,19 +47,6 @@ def case_inputs(n, m, r, mask, ask, silent, pairs, b=1):
                    attn_mask=chance(b, query_len, n, rate=.6) if pairs else None)
     return (qk,v,BucketHasher(r, m).eval()(qk, mask)),options
 
-def strict_oracle(qk, v, buckets, *, bucket_size, causal=False, mask=None, scale=1., allow_duplicate_attention=True, query_len=None,
-                  key_mask=None, attn_mask=None, attend_across_buckets=False, strict=True):
-    "Strict attention from explicit (n, n) masks"
-    n = qk.shape[2]
-    if mask is not None: buckets = buckets.masked_fill(~mask[:,None,None], torch.iinfo(buckets.dtype).max)
-    rank = sorted_rank(buckets)
-    gap = rank[...,:,None]-rank[...,None,:]
-    counts = ((gap>0) & (gap<=bucket_size) & (buckets[...,:,None]==buckets[...,None,:])).sum(2)[:,:,:query_len]
-    counts = counts*visible_pairs(n, causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, device=qk.device)
-    if not allow_duplicate_attention: counts = counts.clamp(max=1)
-    if mask is not None: qk = qk.masked_fill(~mask[:,None,:,None], 0)
-    return weighted_values(multiset_weights(qk, counts, scale=scale), v, mask, key_mask)
-
 grid = list(product((1, 13, 20), (5, 8, 16), (1, 2, 3), (False, True), ('none', 'round', 'rounds'), (True, False), (True, False),
                     ('none', 'end', 'holes'), (1., .6), (False, True), (False, True)))
 grid = random.Random(0).sample(grid, 400)   # the interpreter takes seconds for a case: all of them would take hours
@@ -68,13 +57,27 @@ def test_kernels_equal_the_oracle(n, m, r, causal, look_back, across, duplicates
     options |= dict(causal=causal, look_back=look_back, attend_across_buckets=across, allow_duplicate_attention=duplicates)
     compare(*(results(f, *inputs, **options) for f in (triton_lsh_attention, lsh_attention_oracle)), rtol=0, atol=1e-4)
 
-strict_grid = list(product((13, 20), (5, 8), (1, 2), (True, False), (True, False), ('none', 'holes'), (1., .6), (False, True)))
+strict_grid = list(product((13, 20), (5, 8), (1, 2), (True, False), ('none', 'holes'), (False, True)))
 
-@pytest.mark.parametrize('n,m,r,causal,duplicates,mask,ask,silent', grids.sample(strict_grid, 3))
-def test_strict_equals_explicit_masks(n, m, r, causal, duplicates, mask, ask, silent):
-    inputs,options = case_inputs(n, m, r, mask, ask, silent, pairs=False)
-    options |= dict(causal=causal, allow_duplicate_attention=duplicates, strict=True, attend_across_buckets=False)
-    compare(*(results(f, *inputs, **options) for f in (triton_lsh_attention, strict_oracle)), rtol=0, atol=1e-4)
+@pytest.mark.parametrize('n,m,r,duplicates,mask,silent', grids.sample(strict_grid, 3))
+def test_strict_equals_the_oracle(n, m, r, duplicates, mask, silent):
+    inputs,options = case_inputs(n, m, r, mask, 1., silent, pairs=False)
+    options |= dict(allow_duplicate_attention=duplicates)
+    found = results(triton_lsh_attention, *inputs, **options, causal='strict')
+    compare(found, results(strict_attention_oracle, *inputs, **options), rtol=0, atol=1e-4)
+
+@pytest.mark.parametrize('causal', (True, 'strict'))
+def test_in_a_layer(causal):
+    "`backend='triton'`: the kernels, and for strict layers the fused form"
+    layers = []
+    for backend in ('triton', 'reference'):
+        torch.manual_seed(0)
+        layers.append(LSHSelfAttention(8, 2, 8, 2, causal=causal, n_buckets=2, num_mem_kv=1, backend=backend).to(device).eval())
+    x,found = draw(1, 20, 8, seed=1),[]
+    for o in layers:
+        out = o(x)
+        found.append((out, *torch.autograd.grad(out.sin().sum(), list(o.parameters()))))
+    compare(*found, rtol=0, atol=1e-4)
 
 def tiles_of(monkeypatch, budget):
     "Let tiles have what rows fit into `budget` bytes"
