@@ -6,7 +6,7 @@ from itertools import product
 import grids
 import pytest
 pytest.importorskip('triton')
-from reformer_nb import triton_forward, triton_tiles
+from reformer_nb import triton_forward, triton_lsh, triton_tiles
 from reformer_nb.attention import lsh_attention_oracle
 from reformer_nb.hasher import BucketHasher
 from reformer_nb.self_attention import LSHSelfAttention
@@ -67,9 +67,10 @@ def test_strict_equals_the_oracle(n, m, r, duplicates, mask, silent):
     compare(found, results(strict_attention_oracle, *inputs, **options), rtol=0, atol=1e-4)
 
 @pytest.mark.parametrize('causal', (True, 'strict'))
-def test_in_a_layer(causal):
+def test_in_a_layer(monkeypatch, causal):
     "`backend='triton'`: the kernels, and for strict layers the fused form"
-    layers = []
+    layers,called = [],[]
+    monkeypatch.setattr(triton_lsh, 'triton_lsh_attention', lambda *args, **options: called.append(1) or triton_lsh_attention(*args, **options))
     for backend in ('triton', 'reference'):
         torch.manual_seed(0)
         layers.append(LSHSelfAttention(8, 2, 8, 2, causal=causal, n_buckets=2, num_mem_kv=1, backend=backend).to(device).eval())
@@ -78,6 +79,7 @@ def test_in_a_layer(causal):
         out = o(x)
         found.append((out, *torch.autograd.grad(out.sin().sum(), list(o.parameters()))))
     compare(*found, rtol=0, atol=1e-4)
+    assert len(called)==(causal is True)
 
 def tiles_of(monkeypatch, budget):
     "Let tiles have what rows fit into `budget` bytes"
