@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from .attention import check_masks, full_attention, unit_norm, zero_padding
 from .core import check_int, pad_to_multiple
-from .lsh import attend_chunks, lsh_attention, lsh_weights, merge_rounds, pad_inputs, real_ids, real_tokens, visible_keys
+from .rounds import attend_chunks, merge_rounds, real_ids, visible_keys
+from .lsh import lsh_attention, lsh_weights, pad_inputs, real_tokens
 from .sorting import add_look_back, chunk, restore_order, sort_by_bucket, take_sorted, unchunk
 
 # %% ../nbs/05b_head_attention.ipynb #attend-short

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from .core import check_int, upcast
 from .head_attention import weights_by_length
-from .lsh import offset_buckets
+from .rounds import offset_buckets
 from .reformer import Reformer
 from .rows import AttentionCall, top_weights
 from .self_attention import LSHSelfAttention

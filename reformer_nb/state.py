@@ -17,8 +17,9 @@ from .core import as_mask, check_int
 from .buckets import assign_buckets
 from .hasher import draw_hash
 from .head_attention import local_attention
-from .lsh import attend_chunks, count_equal, merge_rounds
-from .self_attention import LSHSelfAttention, join_sequence
+from .rounds import attend_chunks, count_equal, merge_rounds
+from .self_attention import LSHSelfAttention
+from .shared_qk import join_sequence
 from .sorting import take_rows
 from .strict import places_in_bucket, strict_rounds
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from .attention import check_masks, equal_pairs, multiset_weights, unit_norm, visible_pairs, weighted_values, zero_padding
 from .core import check_rate
-from .lsh import (attend_chunks, check_lsh_inputs, choose_fused, count_repeats, last_chunk, merge_rounds, pad_inputs, real_tokens,
-                             who_sees_whom)
+from .rounds import attend_chunks, count_repeats, last_chunk, merge_rounds, who_sees_whom
+from .lsh import check_lsh_inputs, choose_fused, pad_inputs, real_tokens
 from .sorting import add_look_back, chunk, restore_order, sort_by_bucket, take_sorted, unchunk
 
 # %% ../nbs/04a_strict.ipynb #places-by-pairs

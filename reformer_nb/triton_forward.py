@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor
 from .core import pad_to_multiple
 from .fused import empty_heads
-from .lsh import last_chunk
+from .rounds import last_chunk
 from .sorting import stable_order
 from .strips import drop_limit
 from .triton_tiles import (KernelCall, as_columns, as_rows, chunk_before, constexpr, jit, kept, masked_scores, numbers_at, put, take, tile_at,

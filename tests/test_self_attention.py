@@ -5,7 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reformer_nb.attention import lsh_attention_oracle
-from reformer_nb.self_attention import LSHSelfAttention, join_sequence
+from reformer_nb.self_attention import LSHSelfAttention
+from reformer_nb.shared_qk import join_sequence
 
 e,h,m,r = 12,3,4,3
 
