@@ -247,6 +247,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                        'reformer_nb/feed_forward.py'),
                                           'reformer_nb.feed_forward.Chunk.forward': ( 'feed_forward.html#chunk.forward',
                                                                                       'reformer_nb/feed_forward.py'),
+                                          'reformer_nb.feed_forward.Chunk.pieces': ( 'feed_forward.html#chunk.pieces',
+                                                                                     'reformer_nb/feed_forward.py'),
                                           'reformer_nb.feed_forward.ChunkFunction': ( 'feed_forward.html#chunkfunction',
                                                                                       'reformer_nb/feed_forward.py'),
                                           'reformer_nb.feed_forward.ChunkFunction.backward': ( 'feed_forward.html#chunkfunction.backward',

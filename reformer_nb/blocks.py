@@ -46,7 +46,7 @@ def feed_forward_layer(
 )->Chunk:
     "The feed-forward layer that `config` describes"
     ff = FeedForward(**config.arguments_of(FeedForward, dict(mult='ff_mult', dropout='ff_dropout', activation='ff_activation', glu='ff_glu')))
-    return Chunk(config['ff_chunks'], ff)
+    return Chunk(config['ff_chunks'], ff, least=max(1, config['dim']//4))   # smaller pieces would mostly read weights
 
 # %% ../nbs/09c_blocks.ipynb #other-layers
 def memory_layer(

@@ -110,7 +110,7 @@ class ChunkFunction(torch.autograd.Function):
         *weights:Tensor, # those of its module, so that autograd knows of them
     )->Tensor: # (b, n, e)
         "Compute the pieces, and keep nothing but the buffers as they were before"
-        with watch_buffers(chunk) as then.buffers: return in_pieces(chunk.fn, x, chunk.chunks, chunk.dim)
+        with watch_buffers(chunk) as then.buffers: return in_pieces(chunk.fn, x, chunk.pieces(x), chunk.dim)
 
     @staticmethod
     def setup_context(
@@ -135,7 +135,7 @@ class ChunkFunction(torch.autograd.Function):
             x,*weights = [o.view_as(o) if want else o.detach() for o,want in zip(saved, wants)]
             buffers = [o.clone() for o in saved[len(wants):]]   # which the pieces may change
             tensors = dict(zip(ctx.names, [*weights, *buffers]))
-            args = *(o.chunk(chunk.chunks, dim=chunk.dim) for o in (x, dy)),[o for o in weights if o.requires_grad]
+            args = *(o.chunk(chunk.pieces(x), dim=chunk.dim) for o in (x, dy)),[o for o in weights if o.requires_grad]
             dx,dw = functional_call(PieceGrads(chunk.fn), tensors, args, graph)
         dx,dw = torch.cat(dx, dim=chunk.dim) if dx else None,iter(dw)
         return dx,None,None,*(next(dw) if want else None for want in wants[1:])
@@ -147,22 +147,32 @@ class Chunk(nn.Module):
         chunks:int, # number of pieces; 1 does nothing
         fn:nn.Module, # acts on each position by itself
         along_dim:int=-2, # the dimension to cut
+        *,
+        least:int=1, # rows that a piece holds at least, so there may be fewer pieces
     ):
         super().__init__()
         check_int('chunks', chunks)
+        check_int('least', least)
         if not isinstance(fn, nn.Module):
             raise TypeError(f'fn={fn} must be a module, whose parameters can be found; wrap the function in one')
-        self.chunks,self.fn,self.dim = chunks,fn,along_dim
+        self.chunks,self.fn,self.dim,self.least = chunks,fn,along_dim,least
+
+    def pieces(self,
+        x:Tensor, # (b, n, e)
+    )->int: # pieces to cut it into
+        "At most `chunks`, none of them too small"
+        return max(1, min(self.chunks, x[...,0].numel() // self.least))
 
     def forward(self,
         x:Tensor, # (b, n, e)
     )->Tensor: # (b, n, e)
         "The same result as `fn(x)`, with hidden layers for one piece at a time, in the backward pass too"
-        if self.chunks==1: return self.fn(x)
+        pieces = self.pieces(x)
+        if pieces==1: return self.fn(x)
         weights = list(named_weights(self).values())
         wanted = torch.is_grad_enabled() and any(o.requires_grad for o in (x, *weights))
         if not wanted or torch.compiler.is_compiling():
-            return in_pieces(self.fn, x, self.chunks, self.dim)
+            return in_pieces(self.fn, x, pieces, self.dim)
         return ChunkFunction.apply(x, self, Circumstances(self.fn, x.device), *weights)
 
 # %% ../nbs/07_feed_forward.ipynb #scalenorm-code

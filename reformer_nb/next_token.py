@@ -63,13 +63,14 @@ def loss_in_blocks(
     targets:Tensor, # (b, n) int64, what came after each position
     real:Tensor|None=None, # (b, n) bool, True where the target is a real token; None means everywhere
     *,
-    entries:int=2**22, # logits that exist at a time, unless one position has more
+    entries:int=2**22, # logits that exist at a time, unless e/4 positions have more
 )->Tensor: # () mean over the real targets, in nats
     "`next_token_loss` of the logits `F.linear(x, weight, bias)`, a block of positions at a time"
     targets = real_targets(targets, real).flatten()
     def costs(x, targets, *table): return F.cross_entropy(upcast(F.linear(x, *table)), targets, reduction='none')
     table = (weight,) if bias is None else (weight, bias)
-    res = compute_in_blocks(costs, (x.flatten(0, 1), targets), table, size=max(1, entries//len(weight)))
+    size = max(1, x.shape[-1]//4, entries//len(weight))   # smaller blocks would mostly read the table
+    res = compute_in_blocks(costs, (x.flatten(0, 1), targets), table, size=size)
     return res.sum() / (targets!=-100).sum()
 
 # %% ../nbs/10b_next_token.ipynb #padding-last
