@@ -376,6 +376,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'reformer_nb.hasher.draw_hash': ('hasher.html#draw_hash', 'reformer_nb/hasher.py'),
                                     'reformer_nb.hasher.drop_entries': ('hasher.html#drop_entries', 'reformer_nb/hasher.py'),
                                     'reformer_nb.hasher.hash_factors': ('hasher.html#hash_factors', 'reformer_nb/hasher.py'),
+                                    'reformer_nb.hasher.outside_of_graph': ('hasher.html#outside_of_graph', 'reformer_nb/hasher.py'),
                                     'reformer_nb.hasher.row_factors': ('hasher.html#row_factors', 'reformer_nb/hasher.py')},
             'reformer_nb.hashing': { 'reformer_nb.hashing.bucket_factors': ('hashing.html#bucket_factors', 'reformer_nb/hashing.py'),
                                      'reformer_nb.hashing.check_rotations': ('hashing.html#check_rotations', 'reformer_nb/hashing.py'),

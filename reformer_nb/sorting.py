@@ -26,8 +26,11 @@ def stable_order(
     ids:Tensor, # (..., n) integers
 )->Tensor: # (..., n) int64, the order that sorts them; of equal ids, the first one stays first
     "The stable order of ids"
-    fast = ids.dtype==torch.int16 and ids.device.type=='cpu' and not torch.compiler.is_exporting()
-    return radix_op(ids) if fast else ids.sort(dim=-1, stable=True).indices
+    short,n = ids.dtype in (torch.int16, torch.int32),ids.shape[-1]
+    if torch.compiler.is_exporting() and short:   # ONNX knows no stable sort, and needs none if no two numbers are equal
+        return (n*ids.long() + torch.arange(n, device=ids.device)).sort(dim=-1).indices
+    if ids.dtype==torch.int16 and ids.device.type=='cpu' and not torch.compiler.is_exporting(): return radix_op(ids)
+    return ids.sort(dim=-1, stable=True).indices
 
 # %% ../nbs/02_sorting.ipynb #sort-by-bucket
 def sort_by_bucket(

@@ -41,12 +41,12 @@ variants = {'': {}, 'scores over √d': dict(scale=64**-.5), 'ScaleNorm': dict(u
             'fixed rotations': dict(rotations='fixed'),
             'duplicates count once': dict(lsh_allow_duplicate_attention=False),
             'same bucket only': dict(lsh_attend_across_buckets=False),
-            'look-back between rounds': dict(look_back='rounds'), 'rotary positions': dict(absolute_position_emb=False)}
+            'look-back between rounds': dict(look_back='rounds'), 'strict causality': dict(causal='strict'), 'rotary positions': dict(absolute_position_emb=False)}
 
 def ours(run, n_hashes, hash_seed):
     "One layer of width 256, 4 heads, pre-LayerNorm, learned positions, a head of its own"
-    options = dict(absolute_position_emb=True, ff_mult=1) | variants[run.variant]
-    return ReformerLM(symbols+1, 256, 1, run.length, heads=4, bucket_size=run.chunk, n_hashes=n_hashes or 1, causal=True,
+    options = dict(causal=True, absolute_position_emb=True, ff_mult=1) | variants[run.variant]
+    return ReformerLM(symbols+1, 256, 1, run.length, heads=4, bucket_size=run.chunk, n_hashes=n_hashes or 1,
                       use_full_attn=not n_hashes, hash_seed=hash_seed, **options)
 
 def reformer_pytorch(run, n_hashes, hash_seed):
