@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from .attention import check_masks, equal_pairs, multiset_weights, unit_norm, visible_pairs, weighted_values, zero_padding
+from .attention import check_masks, multiset_weights, unit_norm, visible_pairs, weighted_values, zero_padding
+from .oracle import equal_pairs
 from .core import check_rate
 from .lsh import (attend_chunks, check_lsh_inputs, choose_fused, count_repeats, last_chunk, merge_rounds, pad_inputs, real_tokens,
                              who_sees_whom)

@@ -9,7 +9,8 @@ import reformer_nb
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from reformer_nb.attention import FullQKAttention, lsh_attention_oracle
+from reformer_nb.attention import FullQKAttention
+from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.data import files_corpus
 from reformer_nb.generation import TrainingWrapper, sample, top_k, top_p
 from reformer_nb.positions import FixedPositionalEmbedding, RotaryEmbedding

@@ -4,7 +4,7 @@ import grids
 import pytest
 import torch
 import torch.nn.functional as F
-from reformer_nb.attention import lsh_attention_oracle
+from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.self_attention import LSHSelfAttention, join_sequence
 
 e,h,m,r = 12,3,4,3
