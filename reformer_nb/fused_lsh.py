@@ -181,9 +181,10 @@ class FusedLSH(torch.autograd.Function):
         lse_grad:Tensor|None, # (b, h, n) gradient of the log-sum-exp
     )->tuple: # gradients of what `forward` was given
         "Gradients, from scores computed again"
-        qk,v,*_,out,_ = ctx.saved_tensors
+        saved = ctx.saved_tensors   # read once: a checkpoint recomputes them
+        qk,v,*_,out,_ = saved
         sources = [o for o in (grad, lse_grad) if o is not None]
-        with torch.no_grad(): dqk,dv = backward_strips(*ctx.saved_tensors, ctx.seed, ctx.rules, torch.zeros_like(out) if grad is None else grad, lse_grad)
+        with torch.no_grad(): dqk,dv = backward_strips(*saved, ctx.seed, ctx.rules, torch.zeros_like(out) if grad is None else grad, lse_grad)
         if torch.is_grad_enabled(): dqk,dv = OnceOnly.apply(dqk, dv, *sources, qk, v)   # create_graph=True
         return dqk,dv,*(None,)*7
 
