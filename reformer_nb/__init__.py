@@ -1,19 +1,20 @@
 __version__ = "0.0.1"
-from .diagnostics import attention_recall as attention_recall, check_causality as check_causality
-from .diagnostics import check_gradients as check_gradients, check_padding as check_padding
+from .diagnostics import check_causality as check_causality, check_gradients as check_gradients
+from .diagnostics import check_padding as check_padding
 from .encoder_decoder import ReformerEncDec as ReformerEncDec
 from .feed_forward import Chunk as Chunk, FeedForward as FeedForward
-from .generation import TrainingWrapper as TrainingWrapper
 from .language_model import ReformerLM as ReformerLM
 from .lsh import LSHAttention as LSHAttention, lsh_attention as lsh_attention
 from .attention import FullQKAttention as FullQKAttention
 from .planner import plan as plan
+from .recall import attention_recall as attention_recall
 from .recorder import Recorder as Recorder
 from .reformer import Autopadder as Autopadder, Reformer as Reformer
 from .reversible_sequence import ReversibleSequence as ReversibleSequence
 from .self_attention import LSHSelfAttention as LSHSelfAttention
 from .tasks import MaskedLM as MaskedLM, SequenceClassifier as SequenceClassifier
 from .tasks import SeriesRegressor as SeriesRegressor, TokenTagger as TokenTagger
+from .training_wrapper import TrainingWrapper as TrainingWrapper
 
 def __getattr__(name):
     "`Trainer`, which needs Accelerate, when it is asked for"

@@ -82,7 +82,8 @@ def id_dtype(
     n_ids:int, # how many different ids there are
 )->torch.dtype: # int16 where that is enough, else int32
     "The smallest integers that hold the ids"
-    return torch.int16 if n_ids<=2**15 else torch.int32
+    short = n_ids<=2**15 and not torch.compiler.is_exporting()   # ONNX has few operations on int16
+    return torch.int16 if short else torch.int32
 
 # %% ../nbs/01b_buckets.ipynb #assign-buckets
 def assign_buckets(

@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from .core import accept_names, mask_value
 from .feed_forward import ReZero, ScaleNorm
-from .generation import TrainingWrapper, top_k, top_p
+from .training_wrapper import TrainingWrapper, top_k, top_p
 from .product_keys import ProductKeyMemory
 from .recorder import Recorder
 from .reformer import Autopadder

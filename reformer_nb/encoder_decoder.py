@@ -11,7 +11,8 @@ import difflib, inspect
 import torch
 from torch import Tensor, nn
 from .core import Config, accept_names
-from .generation import TrainingWrapper, given, pad_texts, top_k
+from .generation import given
+from .training_wrapper import TrainingWrapper, pad_texts, top_k
 from .language_model import ReformerLM, old_lm_arguments, old_names
 from .reformer import Pretrained
 from .replay import replay_modes

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['keep_top_k', 'keep_top_p', 'check_sampling', 'sample', 'padding_first', 'as_prompt', 'last_logits', 'can_cache',
-           'check_eos', 'stream_rows', 'continue_rows', 'collect', 'given', 'stream', 'generate', 'top_k', 'top_p',
-           'pad_texts', 'LossWrapper', 'TrainingWrapper']
+           'check_eos', 'stream_rows', 'continue_rows', 'collect', 'given', 'stream', 'generate']
 
 # %% ../nbs/12_generation.ipynb #imports
 from collections.abc import Callable, Iterator
@@ -13,10 +12,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
-from .core import as_mask, check_int, check_rate, upcast
+from .core import as_mask, check_int, upcast
 from .replay import replay_modes
-from .next_token import as_tokens, check_predicts, loss_in_blocks, shift
+from .next_token import as_tokens, check_predicts
 
 # %% ../nbs/12_generation.ipynb #keep-top-k
 def keep_top_k(
@@ -250,102 +248,3 @@ def generate(
     found = stream(model, prompt, max_new_tokens, input_mask=input_mask, temperature=temperature, top_k=top_k, top_p=top_p, eos_token=eos_token,
                    pad_token=pad_token, generator=generator, keys=keys, context_mask=context_mask, use_cache=use_cache)
     return collect(found, len(prompt), max_new_tokens, pad_token).to(prompt.device)
-
-# %% ../nbs/12_generation.ipynb #thres-filters
-def top_k(
-    logits:Tensor, # (b, v)
-    thres:float=.9, # share of the vocabulary that is struck out
-)->Tensor: # (b, v), -inf elsewhere
-    "Keep the likeliest `1-thres` of the vocabulary, one token at least"
-    check_rate('thres', thres)
-    return keep_top_k(logits, max(1, int((1-thres)*logits.shape[-1])))
-
-def top_p(
-    logits:Tensor, # (b, v)
-    thres:float=.9, # probability that is struck out, at most
-)->Tensor: # (b, v), -inf elsewhere
-    "Keep the smallest set of likeliest tokens whose probabilities add up to `1-thres` or more"
-    check_rate('thres', thres)
-    return keep_top_p(logits, 1-thres)
-
-# %% ../nbs/12_generation.ipynb #pad-texts
-def pad_texts(
-    texts:list, # of tensors (n) of integers, of different lengths
-)->tuple: # tokens (b, n), and a bool mask (b, n), True where a real token stands
-    "Texts as rows of one tensor, padded at the end"
-    wrong = [tuple(o.shape) if isinstance(o, Tensor) else type(o).__name__ for o in texts if not isinstance(o, Tensor) or o.ndim!=1]
-    if wrong or not len(texts): raise TypeError(f'a list must hold tensors of shape (n), at least one, but holds {wrong or "none"}; for a batch of equal lengths give a tensor (b, n)')
-    tokens = pad_sequence(list(texts), batch_first=True)
-    lengths = torch.tensor([len(o) for o in texts], device=tokens.device)
-    return tokens,torch.arange(tokens.shape[1], device=tokens.device) < lengths[:,None]
-
-# %% ../nbs/12_generation.ipynb #training-wrapper
-class LossWrapper(nn.Module):
-    "A language model that is called for its logits or for its loss"
-    def __init__(self,
-        net:nn.Module, # a causal language model
-        ignore_index:int=-100, # a token that costs nothing where it should be predicted
-        pad_value:int=0, # fills up rows that have ended
-    ):
-        super().__init__()
-        if not hasattr(net, 'config'): raise TypeError(f'net is a {type(net).__name__} without a config; wrap a language model, such as ReformerLM')
-        check_predicts(net.config, 'TrainingWrapper')
-        self.net,self.ignore_index,self.pad_value,self.max_seq_len = net,ignore_index,pad_value,net.max_seq_len
-
-    def as_batch(self,
-        x:Tensor|list, # (b, n) integers, or a list of tensors (n)
-        input_mask:Tensor|None, # (b, n) True or 1 where a real token stands; for a tensor only
-    )->tuple: # tokens (b, n), and a bool mask (b, n), or None if all tokens are real
-        "Rows of tokens, and which of them are real"
-        if not isinstance(x, Tensor):
-            if input_mask is not None: raise ValueError('input_mask belongs to a tensor, the lengths of a list say what is real; leave it out')
-            x,input_mask = pad_texts(x)
-        real = None if input_mask is None else as_mask(input_mask, x.shape)
-        tokens = as_tokens(x, self.net.config['num_tokens'], real)
-        return tokens,None if real is None or real.all() else real
-
-    def forward(self,
-        x:Tensor|list, # (b, n) integers, or a list of tensors (n), which is padded and masked
-        return_loss:bool=False, # return the loss of predicting each next token
-        *,
-        input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands, for a tensor `x`
-        input_attn_mask:Tensor|None=None, # (b, n, n) True or 1 where a position may attend to another
-        keys:Tensor|None=None, # (b, c, e) what the model may attend to besides
-        context_mask:Tensor|None=None, # (b, c) True or 1 where `keys` may be attended to
-    )->Tensor: # logits (b, n, v), or with `return_loss` a scalar: the mean over the predicted tokens, in nats
-        "Logits, or their loss, which counts neither padding nor `ignore_index`"
-        tokens,real = self.as_batch(x, input_mask)
-        context = given(dict(keys=keys, context_mask=context_mask))
-        if not return_loss: return self.net(tokens, input_mask=real, **context, **given(dict(input_attn_mask=input_attn_mask)))
-        seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
-        counted = targets!=self.ignore_index if real is None else real & (targets!=self.ignore_index)
-        x = self.net.embed(seen, real, **context, **given(dict(input_attn_mask=allowed)))
-        return loss_in_blocks(x, *self.net.head(), targets, counted)
-
-# %% ../nbs/12_generation.ipynb #training-wrapper-generate
-class TrainingWrapper(LossWrapper):
-    "Loss and generation with the names and shapes of reformer_pytorch"
-    def generate(self,
-        start_tokens:Tensor|list, # (n) or (b, n) integers, or a list of tensors (n)
-        seq_len:int, # how many tokens to add, at most
-        eos_token:int|None=None, # a row ends with this token
-        temperature:float=1., # divides the filtered logits; 0 takes the likeliest token
-        filter_logits_fn:Callable=top_k, # strikes out tokens; called with logits (b, v) and `thres`
-        filter_thres:float=.9, # its `thres`
-        *,
-        input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands, for a tensor (b, n)
-        keys:Tensor|None=None, # (b, c, e) what the model may attend to besides
-        context_mask:Tensor|None=None, # (b, c) True or 1 where `keys` may be attended to
-        generator:torch.Generator|None=None, # source of randomness; None uses torch's global one
-    )->Tensor: # (m) for a single text, else (b, m): new tokens only, up to the end of the longest row
-        "Continue texts"
-        check_int('seq_len', seq_len)
-        check_sampling(temperature, None, None)
-        single = isinstance(start_tokens, Tensor) and start_tokens.ndim==1
-        tokens,real = as_prompt(self.net, *self.as_batch(start_tokens[None] if single else start_tokens, input_mask))
-        def choose(logits): return sample(filter_logits_fn(logits, thres=filter_thres), temperature=temperature, generator=generator)
-        found = continue_rows(self.net, tokens, real, seq_len, choose, eos_token=eos_token, pad_token=self.pad_value,
-                              context=given(dict(keys=keys, context_mask=context_mask)))
-        new = collect(found, len(tokens), seq_len, self.pad_value).to(tokens.device)
-        if eos_token is not None: new = new[:,:(new!=eos_token).cumprod(-1).sum(-1).amax()+1]
-        return new[0] if single else new

@@ -113,7 +113,7 @@ def lsh_attention(
         return strict_attention(qk, v, buckets, **common, backend=backend)
     if choose_fused(backend, qk.device):
         if backend=='triton': from reformer_nb.triton_lsh import triton_lsh_attention as fused_lsh_attention
-        else: from reformer_nb.fused import fused_lsh_attention
+        else: from reformer_nb.fused_lsh import fused_lsh_attention
         return fused_lsh_attention(qk, v, buckets, **common, causal=causal, look_back=look_back, attend_across_buckets=attend_across_buckets)
     qk,v,buckets,real = pad_inputs(qk, zero_padding(v, key_mask), buckets, real_tokens(qk, mask), m)
     keys = real if key_mask is None else real & pad_to_multiple(key_mask, m)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
-from .attention import equal_pairs, unit_norm
+from .attention import unit_norm
+from .oracle import equal_pairs
 from .core import mask_value, upcast
 from .head_attention import weights_by_length
 from .sorting import sort_by_bucket

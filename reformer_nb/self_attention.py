@@ -149,7 +149,7 @@ class StatefulSelfAttention(LocalHeads):
             if self.callback is not None and not in_backward():
                 raise ValueError('a text that is read in segments cannot be recorded, since weights of earlier keys are not there; '
                                  'leave state out (for generate: use_cache=False), or turn the Recorder off')
-            from reformer_nb.state import continue_text   # of a later notebook
+            from reformer_nb.segments import continue_text   # of a later notebook
             return continue_text(self, x, buckets, past, index=layer, keys=keys, input_mask=input_mask, context_mask=context_mask, pos_emb=pos_emb)
         n,k,first = x.shape[1],self.n_local_attn_heads,buckets is None
         check_width('x', x, self.toqk.in_features)

@@ -13,7 +13,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from .attention import check_masks, equal_pairs, multiset_weights, unit_norm, visible_pairs, weighted_values, zero_padding
+from .attention import check_masks, multiset_weights, unit_norm, visible_pairs, weighted_values, zero_padding
+from .oracle import equal_pairs
 from .core import check_rate
 from .rounds import attend_chunks, count_repeats, last_chunk, merge_rounds, who_sees_whom
 from .lsh import check_lsh_inputs, choose_fused, pad_inputs, real_tokens
@@ -200,7 +201,7 @@ def strict_rounds(
     seen,pairs = real if key_mask is None else key_mask,None if attn_mask is None else attn_mask[...,:n]
     text,options = (qk[:,:,:n], v[:,:,:n], buckets[...,:n]),dict(allow_duplicate_attention=allow_duplicate_attention, scale=scale, dropout=dropout)
     if choose_fused(backend, qk.device):
-        from reformer_nb.fused import fused_lsh_attention   # of a later notebook
+        from reformer_nb.fused_lsh import fused_lsh_attention   # of a later notebook
         found = fused_lsh_attention(*text, mask=real[:,:n], key_mask=seen[:,:n], attn_mask=pairs, bucket_size=bucket_size, causal='strict',
                                     return_lse=True, **options)
         parts = [tuple(o[:,:,None] for o in found)]

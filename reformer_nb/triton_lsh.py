@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from .attention import check_masks
 from .core import check_rate
-from .fused import OnceOnly, empty_heads, hide_padding
+from .fused import empty_heads, hide_padding
+from .fused_lsh import OnceOnly
 from .lsh import check_lsh_inputs, keys_across, real_tokens
 from .strict import check_text
 from .triton_forward import by_round, by_token, forward_pass, key_factors, launch_size, make_call, own_value, sorted_rows

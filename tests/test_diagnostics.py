@@ -4,8 +4,9 @@ from itertools import product
 import pytest, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from reformer_nb.attention import lsh_attention_oracle
-from reformer_nb.diagnostics import attention_recall, check_causality, check_gradients, check_padding, listen, row_recall
+from reformer_nb.oracle import lsh_attention_oracle
+from reformer_nb.diagnostics import check_causality, check_gradients, check_padding
+from reformer_nb.recall import attention_recall, listen, row_recall
 from reformer_nb.encoder_decoder import ReformerEncDec
 from reformer_nb.hasher import BucketHasher
 from reformer_nb.language_model import ReformerLM

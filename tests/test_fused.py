@@ -5,8 +5,8 @@ import grids
 import pytest
 import torch
 from reformer_nb import fused
-from reformer_nb.attention import lsh_attention_oracle
-from reformer_nb.fused import fused_lsh_attention
+from reformer_nb.oracle import lsh_attention_oracle
+from reformer_nb.fused_lsh import fused_lsh_attention
 from reformer_nb.hasher import BucketHasher
 from reformer_nb.lsh import lsh_attention
 

@@ -1,6 +1,6 @@
 "TrainingWrapper and its filters, beside reformer_pytorch where it is installed"
 import pytest, torch
-from reformer_nb.generation import TrainingWrapper, top_k, top_p
+from reformer_nb.training_wrapper import TrainingWrapper, top_k, top_p
 from reformer_nb.language_model import ReformerLM
 from reformer_nb.recorder import Recorder
 

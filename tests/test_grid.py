@@ -5,7 +5,8 @@ from itertools import product
 import grids
 import pytest
 import torch
-from reformer_nb.attention import FullQKAttention, lsh_attention_oracle
+from reformer_nb.attention import FullQKAttention
+from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.hasher import BucketHasher
 from reformer_nb.lsh import LSHAttention, lsh_attention, lsh_weights
 from reformer_nb.reformer import Reformer

@@ -9,9 +9,11 @@ import reformer_nb
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from reformer_nb.attention import FullQKAttention, lsh_attention_oracle
+from reformer_nb.attention import FullQKAttention
+from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.data import files_corpus
-from reformer_nb.generation import TrainingWrapper, sample, top_k, top_p
+from reformer_nb.generation import sample
+from reformer_nb.training_wrapper import TrainingWrapper, top_k, top_p
 from reformer_nb.positions import FixedPositionalEmbedding, RotaryEmbedding
 from safetensors.torch import save_file
 from torch import nn

@@ -3,9 +3,9 @@ import copy, pickle
 import pytest, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from reformer_nb.attention import lsh_attention_oracle
+from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.encoder_decoder import ReformerEncDec
-from reformer_nb.generation import TrainingWrapper
+from reformer_nb.training_wrapper import TrainingWrapper
 from reformer_nb.language_model import ReformerLM
 from reformer_nb.pictures import summarize
 from reformer_nb.recorder import Recorder, attention_layers, by_round, sorted_order

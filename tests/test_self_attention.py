@@ -4,7 +4,7 @@ import grids
 import pytest
 import torch
 import torch.nn.functional as F
-from reformer_nb.attention import lsh_attention_oracle
+from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.self_attention import LSHSelfAttention
 from reformer_nb.shared_qk import join_sequence
 

@@ -5,7 +5,7 @@ import grids
 import pytest
 import torch
 from reformer_nb.encoder_decoder import ReformerEncDec
-from reformer_nb.fused import fused_lsh_attention
+from reformer_nb.fused_lsh import fused_lsh_attention
 from reformer_nb.hasher import BucketHasher
 from reformer_nb.language_model import ReformerLM
 from reformer_nb.lsh import LSHAttention, lsh_attention

@@ -7,7 +7,7 @@ import grids
 import pytest
 pytest.importorskip('triton')
 from reformer_nb import triton_forward, triton_lsh, triton_tiles
-from reformer_nb.attention import lsh_attention_oracle
+from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.hasher import BucketHasher
 from reformer_nb.self_attention import LSHSelfAttention
 from reformer_nb.strict import strict_attention_oracle

@@ -66,7 +66,7 @@ def layer_step(who, n, rounds=4):
 
 def core_step(n, rounds=4):
     "Fused attention of 8 heads of 64, buckets given"
-    from reformer_nb.fused import fused_lsh_attention
+    from reformer_nb.fused_lsh import fused_lsh_attention
     torch.manual_seed(0)
     qk,v,grad = (torch.randn(1, heads, n, width//heads, requires_grad=i<2) for i in range(3))
     buckets = torch.randint(n//bucket_size, (1, heads, rounds, n), dtype=torch.int16)
