@@ -17,7 +17,7 @@ from .attention import check_masks, full_attention, unit_norm, zero_padding
 from .core import check_int, pad_to_multiple
 from .rounds import attend_chunks, merge_rounds, real_ids, visible_keys
 from .lsh import lsh_attention, lsh_weights, pad_inputs, real_tokens
-from .sorting import add_look_back, chunk, restore_order, sort_by_bucket, take_sorted, unchunk
+from .sorting import add_look_back, chunk, restore_order, sort_by_bucket, stable_order, take_sorted, unchunk
 
 # %% ../nbs/05b_head_attention.ipynb #attend-short
 def short_pairs(
@@ -49,7 +49,7 @@ def attend_short_rows(
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
     "Full attention of rows that are mostly padding: among their real tokens only"
     query_len = qk.shape[2] if query_len is None else query_len
-    order = (~mask).sort(dim=-1, stable=True).indices[:,:length]   # real tokens first
+    order = stable_order((~mask).int())[:,:length]   # real tokens first
     places = rearrange(order, 'b n -> b 1 n 1')
     near_qk,near_v = (o.take_along_dim(places, dim=2) for o in (qk, v))
     near_mask,near_keys = (None if o is None else o.gather(1, order) for o in (mask, key_mask))
@@ -82,7 +82,12 @@ def attend_by_length(
     if buckets is None: return full_attention(qk, v, **masks, **common)
     lsh = partial(lsh_attention, bucket_size=bucket_size, look_back=look_back, attend_across_buckets=attend_across_buckets,
                   allow_duplicate_attention=allow_duplicate_attention, backend=backend, **common)
-    if mask is None or not (short := mask.sum(-1)<=full_attn_thres).any(): return lsh(qk, v, buckets, **masks)
+    if mask is None or not full_attn_thres: return lsh(qk, v, buckets, **masks)
+    short = mask.sum(-1)<=full_attn_thres
+    if torch.compiler.is_exporting():   # a graph cannot choose by the data, so it computes both
+        full = attend_short_rows(qk, v, length=min(full_attn_thres, qk.shape[2]), **masks, **common)
+        return torch.where(short[:,None,None,None], full, lsh(qk, v, buckets, **masks))
+    if not short.any(): return lsh(qk, v, buckets, **masks)
     def rows(which): return {k: o if o is None else o[which] for k,o in masks.items()}
     out = attend_short_rows(qk[short], v[short], length=full_attn_thres, **rows(short), **common)
     if short.all(): return out

@@ -282,6 +282,7 @@ def run_stack(
     "Choose the way, keep the streams in float32 or better, and give back the dtype of the input"
     streams = upcast(x1),upcast(x2)
     wanted = torch.is_grad_enabled() and any(o.requires_grad for o in (*streams, *inputs))
-    if wanted and x1.shape[1]>reverse_thres: streams = ReversibleFunction.apply(*streams, call, *inputs)
+    lean = wanted and x1.shape[1]>reverse_thres and not torch.compiler.is_exporting()   # an exported graph has no backward pass
+    if lean: streams = ReversibleFunction.apply(*streams, call, *inputs)
     else: streams = run_plain(call, streams, inputs)
     return tuple(o.to(x1.dtype) for o in streams)
