@@ -49,11 +49,13 @@ class TrainSettings:
     precision:str='no' # 'no' computes as the weights are; 'bf16' or 'fp16' is autocast
     shard:bool=False # each of several processes holds a part of each weight (FSDP2)
     pieces:int=1 # the share of a batch that a process has is computed in so many pieces
+    carry_state:bool=False # rows go on with their texts from step to step, and a strictly causal model with its state
     eval_every:int|None=None # evaluate after so many steps; None does not
     eval_windows:int|None=8 # windows of held-out bytes to evaluate on; None means all
     patience:int|None=None # end after so many evaluations without a better one; None does not
     save_every:int|None=100 # write a checkpoint after so many steps; None writes one at the end
     keep:int=2 # checkpoints to keep, besides the best
+    tensorboard:bool=False # write curves for TensorBoard too
 
     def __post_init__(self):
         for name in ('seq_len', 'batch_size', 'pieces', 'keep'): check_int(name, getattr(self, name))
@@ -63,6 +65,8 @@ class TrainSettings:
         check_choice('precision', self.precision, precisions)
         if self.patience and not self.eval_every:
             raise ValueError(f'patience={self.patience} counts evaluations, and there are none; set eval_every')
+        if self.carry_state and self.shard:
+            raise ValueError('carry_state=True and shard=True: a state is not shared out among processes; choose one')
         if self.steps is None and self.minutes is None:
             raise ValueError('steps=None and minutes=None: the run would never end; set one of them')
         check_int('seed', self.seed, least=0)
@@ -106,9 +110,10 @@ class LossOf(nn.Module):
 
     def forward(self,
         batch:Tensor, # (b, n+1) int64
-    )->Tensor: # () mean over the predicted tokens, in nats
+        state:object=None, # a `TextState` of the texts that `batch` goes on with
+    )->Tensor|tuple: # () mean over the predicted tokens, in nats; with `state`, that and the state behind
         "What the model's bets on `batch` cost"
-        return self.model.loss(batch)
+        return self.model.loss(batch) if state is None else self.model.loss(batch, state=state)
 
     def loss(self,
         batch:Tensor, # (b, n+1) int64
