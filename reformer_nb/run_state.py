@@ -130,7 +130,8 @@ def load_training_state(
     if (n := len(part['rng']['cpu']))!=accelerator.num_processes:
         if not part['texts']: return None
         raise ValueError(f'the texts were read by {n} processes, here are {accelerator.num_processes}; start as many as there were')
-    rng,texts = ({k: o[accelerator.process_index] for k,o in part[name].items()} for name in ('rng', 'texts'))
+    own = lambda name: {k: o[accelerator.process_index].clone() for k,o in part[name].items()}   # a generator takes no views
+    rng,texts = own('rng'),own('texts')
     set_rng_state((rng['cpu'], rng.get('device')), accelerator.device)
     return unpack_texts({k: o.to(accelerator.device) for k,o in texts.items()}) if texts else None
 
