@@ -980,6 +980,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                             'reformer_nb/training.py'),
                                       'reformer_nb.training.bits_per_byte': ('training.html#bits_per_byte', 'reformer_nb/training.py'),
                                       'reformer_nb.training.check_number': ('training.html#check_number', 'reformer_nb/training.py'),
+                                      'reformer_nb.training.check_settings': ('training.html#check_settings', 'reformer_nb/training.py'),
                                       'reformer_nb.training.compare_with_baselines': ( 'training.html#compare_with_baselines',
                                                                                        'reformer_nb/training.py'),
                                       'reformer_nb.training.layer_buckets': ('training.html#layer_buckets', 'reformer_nb/training.py'),

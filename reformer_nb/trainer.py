@@ -303,8 +303,7 @@ class Trainer(Steps):
         out:str|Path|None=None, # folder of the run; None writes nothing
         show:bool=True, # a progress bar
     ):
-        check_corpus(corpus, settings)
-        check_carries(model, settings)
+        check_corpus(corpus, settings), check_carries(model, settings)
         if settings.tensorboard and not out:
             raise ValueError('tensorboard=True writes into out, which is None; pass out, the folder of the run')
         if out: encode_config(model)   # refuses what could not be saved
