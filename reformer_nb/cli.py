@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['model_flags', 'own_defaults', 'default_minutes', 'OneLineParser', 'flag', 'settings_help', 'or_none', 'add_setting',
            'add_train', 'add_plan', 'make_parser', 'check_config', 'parse', 'write_on', 'draw_pictures', 'new_run',
-           'tell_cost', 'report', 'run_train', 'run_evaluate', 'run_generate', 'run_plan', 'main']
+           'tell_cost', 'report', 'run_train', 'run_evaluate', 'run_generate', 'run_plan', 'in_one_line', 'main']
 
 # %% ../nbs/21_cli.ipynb #imports
-import argparse, codecs, difflib, inspect, re, sys, time, tomllib
+import argparse, codecs, difflib, errno, inspect, re, sys, time, tomllib
 from collections.abc import Callable, Iterator
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 import torch
 from .data import Corpus, files_corpus, load_corpus, to_bytes
@@ -81,11 +81,13 @@ def add_train(
     "The flags of training"
     train.add_argument('files', nargs='*', help='files and folders to learn from, instead of --data')
     train.add_argument('--data', default='stdlib', help='stdlib, enwik8, or a path')
+    train.add_argument('--binary', action='store_true', help='learn from files that are no text, too')
     train.add_argument('--out', default='out/train', help='folder of the run')
     train.add_argument('--config', help='a TOML file with other defaults, such as seq_len = 1024')
     train.add_argument('--resume', action='store_true', help='go on with the run in --out, if there is one')
     train.add_argument('--dry-run', action='store_true', help='make two steps, print parameters, memory and time, and write nothing')
     train.add_argument('--strict', action='store_true', help='strictly causal: a new byte costs the same time however long the text')
+    train.add_argument('--max-seq-len', type=or_none(int), help='longest text that the model can read, in bytes; none means --seq-len')
     train.add_argument('--prompt', default='import os\n\ndef ', help='the trained model continues this')
     for name,(value,what) in model_flags.items(): train.add_argument(flag(name), type=int, default=value, help=what)
     for o in fields(TrainSettings): add_setting(train, o)
@@ -111,6 +113,7 @@ def make_parser()->argparse.ArgumentParser:
     measure = commands.add_parser('evaluate', help='bits per byte on held-out text, beside simple models of text')
     measure.add_argument('checkpoint', help='folder that train wrote')
     measure.add_argument('--data', default='stdlib', help='stdlib, enwik8, or a path')
+    measure.add_argument('--binary', action='store_true', help='read files that are no text, too')
     write = commands.add_parser('generate', help='continue a prompt')
     write.add_argument('checkpoint', help='folder that train wrote')
     write.add_argument('--prompt', default='def ', help='what to continue')
@@ -153,7 +156,7 @@ def parse(
         command.error(f'unknown argument {word}' + (f', did you mean {near[0]}?' if near else ''))
     if getattr(o, 'config', None):
         try: given = tomllib.loads(Path(o.config).read_text(encoding='utf-8'))
-        except tomllib.TOMLDecodeError as e: raise ValueError(f'{o.config} is no TOML: {e}; see https://toml.io') from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{o.config} is no TOML: {e}; see https://toml.io') from None
         check_config(given, known, o.config)
         command.set_defaults(**given)
         o = parser.parse_args(args)
@@ -207,10 +210,11 @@ def new_run(
     "A model and its trainer"
     from reformer_nb import Trainer   # which needs Accelerate; the other commands do not
     torch.manual_seed(o.seed)
-    model = ReformerLM(256, o.dim, o.depth, o.seq_len, heads=o.heads, dim_head=o.dim_head, bucket_size=o.bucket_size,
+    model = ReformerLM(256, o.dim, o.depth, o.max_seq_len or o.seq_len, heads=o.heads, dim_head=o.dim_head, bucket_size=o.bucket_size,
                        n_hashes=o.n_hashes, n_local_attn_heads=o.local_heads, causal='strict' if o.strict else True)
     settings = TrainSettings(**{f.name: getattr(o, f.name) for f in fields(TrainSettings)})
-    return Trainer(model, corpus, settings, out=None if o.dry_run else o.out)
+    if o.dry_run: return Trainer(model, corpus, replace(settings, tensorboard=False))
+    return Trainer(model, corpus, settings, out=o.out)
 
 # %% ../nbs/21_cli.ipynb #dry-run
 def tell_cost(
@@ -248,7 +252,7 @@ def run_train(
 )->None:
     "Train, then report"
     if not o.prompt: raise ValueError("prompt='' is empty; give at least one character")
-    corpus = files_corpus(o.files) if o.files else load_corpus(o.data)
+    corpus = files_corpus(o.files, binary=o.binary) if o.files else load_corpus(o.data, binary=o.binary)
     trainer = new_run(o, corpus)
     main = trainer.accelerator.is_main_process
     trainer.show = main
@@ -264,7 +268,7 @@ def run_evaluate(
 )->None:
     "Bits per byte of a checkpoint"
     model = ReformerLM.from_pretrained(o.checkpoint)
-    print(', '.join(f'{k} {v:.3f}' for k,v in compare_with_baselines(model, load_corpus(o.data), model.max_seq_len).items()))
+    print(', '.join(f'{k} {v:.3f}' for k,v in compare_with_baselines(model, load_corpus(o.data, binary=o.binary), model.max_seq_len).items()))
 
 # %% ../nbs/21_cli.ipynb #run-generate
 def run_generate(
@@ -285,6 +289,16 @@ def run_plan(
     config = dict({k: getattr(o, k) for k in names}, n_local_attn_heads=o.local_heads, use_full_attn=o.full_attention, causal=True)
     print(plan(config, o.seq_len, o.batch_size, training=not o.logits, budget=o.budget))
 
+# %% ../nbs/21_cli.ipynb #in-one-line
+def in_one_line(
+    error:Exception, # what went wrong
+)->str:
+    "What to tell the user"
+    if not isinstance(error, OSError) or not error.strerror: return ' '.join(str(error).split())
+    where = f'{error.filename}: ' if error.filename else ''
+    full = errno.errorcode.get(error.errno) in ('ENOSPC', 'EDQUOT', 'EFBIG')   # a system may lack some
+    return f'{where}{error.strerror}; ' + ('make room; --resume goes on from the last checkpoint' if full else 'give a path that exists, of the right kind, with the right to use it')
+
 # %% ../nbs/21_cli.ipynb #main
 def main(
     args:list|None=None, # words of the command line; None takes those of the process
@@ -295,7 +309,7 @@ def main(
         o = parse(args)
         run[o.command](o)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as e:
-        print(f'reformer-nb: {" ".join(str(e).split())}', file=sys.stderr)
+        print(f'reformer-nb: {in_one_line(e)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt: return 130
     return 0

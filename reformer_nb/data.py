@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['enwik8_url', 'enwik8_size', 'enwik8_sha256', 'to_bytes', 'to_text', 'Corpus', 'split_of', 'split_files',
-           'cannot_read', 'files_below', 'read_bytes', 'stdlib_corpus', 'files_corpus', 'cache_dir', 'fetch_rest',
-           'download', 'check_content', 'fetch_zipped', 'enwik8_corpus', 'load_corpus']
+           'cannot_read', 'files_below', 'read_bytes', 'stdlib_corpus', 'drop_binary', 'files_corpus', 'cache_dir',
+           'fetch_rest', 'download', 'check_content', 'fetch_zipped', 'enwik8_corpus', 'load_corpus']
 
 # %% ../nbs/17_data.ipynb #imports
 import hashlib, http.client, os, platform, sysconfig, urllib.error, urllib.request, zipfile, zlib
@@ -113,9 +113,23 @@ def stdlib_corpus()->Corpus: # about 12 MB
     names = [p.relative_to(root).as_posix() for p in paths]
     return split_files(f'standard library of Python {platform.python_version()}', list(zip(names, read_bytes(paths))))
 
+# %% ../nbs/17_data.ipynb #drop-binary
+def drop_binary(
+    contents:dict, # {path: content}
+    named:set, # paths that were given one by one
+)->dict: # {path: content}
+    "Leave out files with a zero byte near their start, which no text has; refuse those that were named"
+    binary = {p for p,o in contents.items() if b'\0' in o[:2**13]}
+    if wrong := sorted(binary & named):
+        raise ValueError(f'{wrong[0]} is no text in UTF-8, it has zero bytes; convert it, '
+                         'or give binary=True (--binary) to learn from any bytes')
+    return {p: o for p,o in contents.items() if p not in binary}
+
 # %% ../nbs/17_data.ipynb #files-corpus
 def files_corpus(
     paths:list, # of files and folders
+    *,
+    binary:bool=False, # also take files that are no text
 )->Corpus:
     "Files, and all files below folders, as one corpus"
     found = {}
@@ -124,7 +138,9 @@ def files_corpus(
         below = files_below(p) if p.is_dir() else [p]
         for f in below: found.setdefault(f.resolve(), f.relative_to(p).as_posix() if p.is_dir() else f.name)
     name = ', '.join(Path(p).resolve().name for p in paths)
-    files = list(zip(found.values(), read_bytes(found)))
+    contents = dict(zip(found, read_bytes(found)))
+    if not binary: contents = drop_binary(contents, {Path(p).resolve() for p in paths})
+    files = [(found[p], content) for p,content in contents.items()]
     if not any(content for _,content in files):
         raise ValueError(f'{name} holds nothing to read; give files with some text in them')
     return split_files(name, files)
@@ -226,8 +242,10 @@ def enwik8_corpus(
 # %% ../nbs/17_data.ipynb #load-corpus
 def load_corpus(
     data:str|Path='stdlib', # 'stdlib', 'enwik8', or the path of a file or folder
+    *,
+    binary:bool=False, # also take files that are no text
 )->Corpus:
     "A corpus by name"
     if data=='stdlib': return stdlib_corpus()
     if data=='enwik8': return enwik8_corpus()
-    return files_corpus([data])
+    return files_corpus([data], binary=binary)

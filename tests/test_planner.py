@@ -1,8 +1,9 @@
 "Planner: laws that must be found again, and real steps"
+import sys
 import pytest, torch
 from reformer_nb.cli import main
 from reformer_nb.language_model import ReformerLM
-from reformer_nb.planner import Plan, count_weights, extend, fit, kept_bytes, longest_row, measure, plan, probe_sizes
+from reformer_nb.planner import Plan, count_weights, extend, fit, kept_bytes, longest_row, measure, plan, probe_limits, probe_sizes
 
 small = dict(num_tokens=61, dim=32, depth=2, max_seq_len=257, heads=2, dim_head=16, bucket_size=16, n_hashes=2, causal=True)
 
@@ -21,6 +22,22 @@ def test_weights_are_counted(options):
     config = {**small, **options}
     assert count_weights(config)==sum(o.numel() for o in ReformerLM(**config).parameters())
     assert kept_bytes(config)==4*kept_bytes(config, training=False)
+
+def test_limits_are_as_much_smaller_as_matrices():
+    full = dict(small, use_full_attn=True)
+    for n,b in ((9000, 1), (3072, 2), (512, 4)):
+        sizes = probe_sizes(full, n, b, most=1024)
+        for (_,m,c),limit in zip(sizes, probe_limits(full, sizes, n, b)):
+            assert limit is None if (m, c)==(n, b) else limit==pytest.approx(2**25*m*m*c/(n*n*b), abs=1)
+    assert probe_limits(small, probe_sizes(small, 9000, 1), 9000, 1)==[None]*4
+
+@pytest.mark.skipif(sys.platform!='linux', reason='the allocator of glibc')
+def test_full_attention_beyond_its_probes():
+    "Matrices of 64 MiB, from probes of 16 MiB at the most; without limits these keep what the step gives back"
+    config = dict(num_tokens=61, dim=32, depth=1, max_seq_len=2049, heads=4, dim_head=8, use_full_attn=True, causal=True)
+    planned = plan(config, 2048, compare=False, threads=1, most=512)
+    (_,peak), = measure([(config, 2048, 1, True, 2)], threads=1)
+    assert planned.peak==pytest.approx(peak, rel=.2)
 
 def test_longest_row():
     for budget in (100, 200, 500):

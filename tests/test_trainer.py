@@ -1,11 +1,17 @@
 "Runs under hard conditions: killed at random moments, spread over processes, on a full disk"
-import json, os, random, signal, subprocess, sys, textwrap, time
+import json, math, os, random, signal, subprocess, sys, textwrap, time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from reformer_nb.batches import segment_at
 from reformer_nb.checkpoints import read_weights
+from reformer_nb.data import Corpus
 from reformer_nb.language_model import ReformerLM
+from reformer_nb.trainer import Trainer
+from reformer_nb.training import TrainSettings, learning_rate, make_optimizer
 
 common = textwrap.dedent('''
     import json, os, sys, torch
@@ -78,6 +84,105 @@ def test_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path):
     assert code==0 and 'going back to the checkpoint before' in complaint
     assert len(curve(tmp_path/'hurt'))==40
 
+# ---- texts that go on -----------------------------------------------------------------------------------------------
+
+going_on = common + textwrap.dedent('''
+    torch.manual_seed(0)
+    strict = ReformerLM(128, 16, 2, 256, heads=2, dim_head=8, bucket_size=8, n_hashes=2, causal='strict', n_local_attn_heads=1, **json.loads(sys.argv[2]))
+    settings = TrainSettings(seq_len=32, batch_size=4, steps=int(sys.argv[3]), save_every=1, carry_state=True, **json.loads(sys.argv[4]))
+    trainer = Trainer(strict, corpus(), settings, out=sys.argv[1], show=False)
+    print('ready', flush=True)
+    trainer.fit(resume=True)
+''')
+noisy = '{"ff_dropout": 0.1, "lsh_dropout": 0.1}', 24, '{"pieces": 2}'   # three texts of eight segments a row
+
+def test_killed_amid_a_text_and_resumed(tmp_path):
+    assert run(going_on, tmp_path/'whole', *noisy)[0]==0
+    rng,kills = random.Random(1),0
+    for _ in range(2):
+        p = process(going_on, tmp_path/'killed', *noisy)
+        p.stdout.readline()
+        time.sleep(rng.uniform(0, .4))
+        p.kill()
+        p.communicate()
+        kills += p.returncode==-9
+    assert kills
+    assert run(going_on, tmp_path/'killed', *noisy)[0]==0
+    assert curve(tmp_path/'killed')==curve(tmp_path/'whole') and len(curve(tmp_path/'whole'))==24
+    assert same_weights(tmp_path/'killed', tmp_path/'whole')
+
+def strict_model(**options):
+    torch.manual_seed(0)
+    return ReformerLM(**dict(num_tokens=128, dim=16, depth=2, max_seq_len=256, heads=2, dim_head=8, bucket_size=8, n_hashes=2, causal='strict') | options)
+
+@pytest.mark.parametrize('options', (dict(), dict(n_local_attn_heads=1, num_mem_kv=2), dict(n_buckets=(2,4)), dict(causal=True, use_full_attn=True), dict(weight_tie=True, hash_seed=None)))
+def test_carried_state_is_that_of_a_loop(options):
+    "Losses to the last bit; a state left out, or one that is never emptied, gives others"
+    text = torch.arange(4000)**2%97
+    corpus,s = Corpus('squares', *(text.to(torch.uint8) for _ in range(3))),TrainSettings(seq_len=32, batch_size=4, steps=10, carry_state=True)
+    model,state,by_hand = strict_model(**options).train(),None,[]
+    opt = make_optimizer(model, s)
+    for step in range(s.steps):
+        batch,fresh = segment_at(corpus.train, step, batch_size=4, seq_len=32, longest=256)
+        assert fresh==(step%8==0)
+        loss,state = model.loss(batch, state=model.init_state(4) if fresh else state)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
+        for group in opt.param_groups: group['lr'] = learning_rate(step/s.steps, s)
+        opt.step(), opt.zero_grad()
+        by_hand.append(loss.item()/math.log(2))
+    trainer = Trainer(strict_model(**options), corpus, s, show=False)
+    assert [o['bits_per_byte'] for o in trainer.fit()]==by_hand
+    assert trainer.states[0].count.tolist()==[64]*4
+    apart = Trainer(strict_model(**options), corpus, replace(s, carry_state=False), show=False).fit()
+    assert apart[0]['bits_per_byte']!=by_hand[0] or apart[1]['bits_per_byte']!=by_hand[1]
+
+def test_nothing_to_carry():
+    corpus = Corpus('zeros', *torch.zeros(3, 999, dtype=torch.uint8))
+    s = TrainSettings(seq_len=32, steps=1, carry_state=True)
+    with pytest.raises(ValueError, match="causal='strict', this one has causal=True"): Trainer(strict_model(causal=True), corpus, s)
+    with pytest.raises(ValueError, match='build the model with a larger max_seq_len'): Trainer(strict_model(), corpus, replace(s, seq_len=129))
+    with pytest.raises(ValueError, match='drop_for_hash_rate'): Trainer(strict_model(drop_for_hash_rate=.1), corpus, s, show=False).fit()
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+words = Corpus('words', *(torch.arange(999).to(torch.uint8)%97 for _ in range(3)))
+drawn = TrainSettings(seq_len=64, batch_size=2, steps=4, eval_every=2, eval_windows=1, tensorboard=True)
+
+class Board:
+    "Stands for a SummaryWriter"
+    made = []
+    def __init__(self, folder, purge_step=None):
+        self.folder,self.purge_step,self.points,self.open = folder,purge_step,[],True
+        self.made.append(self)
+    def add_scalar(self, *point): self.points.append(point)
+    def __enter__(self): return self
+    def __exit__(self, *args): self.open = False
+
+def test_curves_go_to_the_board(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', SimpleNamespace(SummaryWriter=Board))
+    history = Trainer(strict_model(), words, drawn, out=tmp_path, show=False).fit()
+    Trainer(strict_model(), words, replace(drawn, steps=5), out=tmp_path, show=False).fit(resume=True)
+    first,second = Board.made
+    assert first.points==[(k, o[k], o['step']) for o in history for k in ('bits_per_byte', 'valid') if k in o] and len(first.points)==6
+    assert first.folder==tmp_path/'tensorboard' and first.purge_step is None and not first.open
+    assert second.purge_step==4 and [o[2] for o in second.points]==[4]
+
+def test_a_board_that_is_not_installed(tmp_path, monkeypatch):
+    for name in ('tensorboard', 'torch.utils.tensorboard'): monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(ImportError, match=r"pip install 'reformer_nb\[tensorboard\]', or leave it out"):
+        Trainer(strict_model(), words, drawn, out=tmp_path/'run', show=False).fit()
+    assert not (tmp_path/'run').exists()
+    assert len(Trainer(strict_model(), words, replace(drawn, tensorboard=False), out=tmp_path/'run', show=False).fit())==4
+
+def test_real_board(tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    history = Trainer(strict_model(), words, drawn, out=tmp_path, show=False).fit()
+    found = EventAccumulator(str(tmp_path/'tensorboard')).Reload()
+    assert [o.value for o in found.Scalars('bits_per_byte')]==pytest.approx([o['bits_per_byte'] for o in history])
+    assert [o.step for o in found.Scalars('valid')]==[1, 3]
+
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 spread = common + textwrap.dedent('''
@@ -110,6 +215,20 @@ def test_two_processes_learn_like_one(script, tmp_path):
     a,b = (torch.tensor(curve(tmp_path/o), dtype=torch.float64) for o in ('one', 'two'))
     assert len(a)==50 and a[0]-a[-1]>.5
     torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+@no_gloo
+def test_two_processes_carry_like_one(script, tmp_path):
+    "Each keeps the state of its rows, also in a checkpoint; one process cannot go on with the two of two"
+    script.write_text(going_on.replace('ReformerLM(128', 'torch.set_default_dtype(torch.float64) or ReformerLM(128'))
+    assert run(script.read_text(), tmp_path/'one', '{}', 12, '{}')[0]==0
+    for steps in (12, 14):   # and goes on, amid the second text
+        code,_,complaint = torchrun(script, tmp_path/'two', '{}', steps, '{}')
+        assert code==0, complaint[-2000:]
+    a,b = (torch.tensor(curve(tmp_path/o), dtype=torch.float64) for o in ('one', 'two'))
+    torch.testing.assert_close(a, b[:12], rtol=0, atol=1e-9)
+    assert len(b)==14
+    code,_,complaint = run(script.read_text(), tmp_path/'two', '{}', 14, '{}')
+    assert code!=0 and 'the texts were read by 2 processes, here are 1; start as many' in complaint
 
 @no_gloo
 def test_sharded_by_fsdp(script, tmp_path):
