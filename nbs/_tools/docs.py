@@ -25,22 +25,34 @@ def changed():
 
 def mathjax(dest):
     "Copy the one file of MathJax that the pages load, and its fonts, out of the package which brings them"
-    found = [p for p in files('sphinx-mathjax-offline') if p.name=='tex-chtml.js' or 'woff-v2' in p.parts]
+    unused = ('Fraktur', 'SansSerif', 'Script')   # alphabets of no formula here
+    found = [p for p in files('sphinx-mathjax-offline') if p.name=='tex-chtml.js' or 'woff-v2' in p.parts and not any(o in p.name for o in unused)]
     note = b'/* MathJax, Apache License 2.0, https://www.mathjax.org */\n'
     for p in found:
         at = dest.joinpath(*p.parts[p.parts.index('mathjax')+1:])
         at.parent.mkdir(parents=True, exist_ok=True)
         at.write_bytes((note if p.suffix=='.js' else b'') + p.locate().read_bytes())
 
+def source_page(html):
+    "The code of a module, and a way back"
+    head,root,code = (re.search(o, html, flags=re.S) for o in ('.*?</head>', 'data-content_root="([^"]*)"', '<article.*?</article>'))
+    theme = 'document.body.dataset.theme = localStorage.getItem("theme") || "auto"'
+    return (f'{head[0]}<body><script>{theme}</script><main style="max-width:64rem;margin:2rem auto;padding:0 1rem">'
+            f'<a href="{root[1]}index.html">{cfg.title}</a>{code[0]}</main></body></html>\n')
+
 def lean(html, source=False):
-    "A page without what differs between machines or nobody sees: versions of tools, marks around all but keywords, strings and comments in code, names that pop up over links to them, indentation; `source` pages lose all marks and the list of pages"
+    "A page without what differs between machines or nobody sees: versions of tools, marks around all but keywords, strings and comments in code, names that pop up over links to them, pictures of no button, indentation; of `source` pages only the code is left"
     html = re.sub(r'<!-- Generated with .*? -->', '', html)
     html = re.sub(r'(<a class="[^"]*" href="[^"]*") title="[^"]*"', r'\1', html)
-    html = html.replace(' notranslate"', '"')
+    html = html.replace(' notranslate"', '"').replace('class="docutils literal', 'class="literal')
+    html = re.sub(r'(class="[^"]*) docutils (container|literal)', r'\1 \2', html)
+    html = re.sub(r'<span class="(?:default_value|sig-paren|sig-return|sig-return-icon|sig-return-typehint)">', '<span>', html)
+    used = set(re.findall(r'href="#(svg-[\w-]+)"', html))   # pictures of buttons
+    html = re.sub(r'<symbol id="([\w-]+)".*?</symbol>', lambda m: m[0] if m[1] in used else '', html, flags=re.S)
     marks = r'[a-z]{1,3}\d?' if source else 'n|nn|nc|nd|nf|nb|ne|o|ow|p|w|mi|mf|kc|bp|si|se|sa|fm|vm|pre'
     for _ in range(2): html = re.sub(f'<span class="(?:{marks})">([^<]*)</span>', r'\1', html)   # some stand in others
     html = ''.join(o if o.startswith('<pre') else re.sub(r'\n\s+', '\n', o) for o in re.split(r'(<pre.*?</pre>)', html, flags=re.S))
-    return re.sub(r'<div class="sidebar-tree">.*?</ul>\s*</div>', '<div class="sidebar-tree"></div>', html, flags=re.S) if source else html
+    return source_page(html) if source else html
 
 def build():
     shutil.rmtree(work, ignore_errors=True)
