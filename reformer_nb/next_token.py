@@ -110,9 +110,10 @@ def check_predicts(
     "Refuse models that do not predict the next token"
     if not config['causal']:
         raise ValueError(f'{task} needs causal=True: this model was built with causal=False and sees the token that it '
-                         'should predict')
+                         'should predict; build it with causal=True')
     if config['return_embeddings']:
-        raise ValueError(f'{task} needs logits: this model was built with return_embeddings=True and has none')
+        raise ValueError(f'{task} needs logits: this model was built with return_embeddings=True and has none; '
+                         'build it with return_embeddings=False')
 
 # %% ../nbs/10b_next_token.ipynb #check-collected
 def check_collected(
