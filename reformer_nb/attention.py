@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['zero_padding', 'unit_norm', 'visible_pairs', 'multiset_weights', 'check_masks', 'weighted_values', 'full_attention',
            'check_angles', 'rotate_pairs', 'rotate_queries', 'extend_mask', 'single_head_masks', 'FullQKAttention',
-           'sorted_rank', 'equal_pairs', 'round_counts', 'lsh_attention_oracle']
+           'sorted_rank', 'equal_pairs', 'circle_counts', 'round_counts', 'lsh_attention_oracle']
 
 # %% ../nbs/03_attention.ipynb #imports
 import torch
@@ -26,9 +26,11 @@ def zero_padding(
 # %% ../nbs/03_attention.ipynb #unit-norm
 def unit_norm(
     x:Tensor, # (..., d)
+    eps:float=0., # added to the mean square of the entries
 )->Tensor: # (..., d) of length 1, zeros stay zeros
     "Vectors brought to length 1 in float32 or better; what is shorter than 1e-6 becomes 0 and gets no gradient"
     wide = upcast(x)
+    if eps: return (wide * (wide.square().sum(-1, keepdim=True) + eps*wide.shape[-1]).rsqrt()).to(x.dtype)
     length = wide.norm(dim=-1, keepdim=True)
     return (wide / length.masked_fill(length<1e-6, torch.inf)).to(x.dtype)
 
@@ -57,10 +59,11 @@ def multiset_weights(
     counts:Tensor, # (b, h, query_len, n), how often query i (row) meets key j (column); 0 hides it
     *,
     scale:float=1., # factor of the scores
+    key_eps:float=0., # added to the mean square of a key before it is brought to length 1
 )->Tensor: # (b, h, query_len, n) attention weights; a query that meets nothing has the weight 1 on itself
     "Softmax over a multiset of keys, in which key j occurs `counts[...,i,j]` times"
     query_len,n = counts.shape[-2:]
-    scores = upcast(einsum(qk[:,:,:query_len], unit_norm(qk), 'b h i d, b h j d -> b h i j')) * scale
+    scores = upcast(einsum(qk[:,:,:query_len], unit_norm(qk, key_eps), 'b h i d, b h j d -> b h i j')) * scale
     counts = counts.to(scores.dtype)
     scores = torch.where(counts>0, scores + counts.clamp(min=1).log(), mask_value(scores.dtype))
     alone = (counts==0).all(-1, keepdim=True)
@@ -109,6 +112,7 @@ def full_attention(
     causal:bool=False, # hide later positions
     mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
     scale:float=1., # factor of the scores
+    key_eps:float=0., # added to the mean square of a key before it is brought to length 1
     dropout:float=0., # share of the weights that are zeroed
     query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
     key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
@@ -120,7 +124,7 @@ def full_attention(
     qk = zero_padding(qk, mask)
     see = visible_pairs(qk.shape[2], causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask,
                         device=qk.device)
-    return weighted_values(multiset_weights(qk, see, scale=scale), v, mask, key_mask, dropout, return_weights)
+    return weighted_values(multiset_weights(qk, see, scale=scale, key_eps=key_eps), v, mask, key_mask, dropout, return_weights)
 
 # %% ../nbs/03_attention.ipynb #check-angles
 def check_angles(
@@ -236,18 +240,36 @@ def equal_pairs(
     "Where the number that a query wants is the number of a key"
     return wanted[...,:,None]==found[...,None,:]
 
+# %% ../nbs/03_attention.ipynb #circle-counts
+def circle_counts(
+    ids:Tensor, # (b, h, r, n) bucket ids that no two rounds share
+    chunks:Tensor, # (b, h, r, n) chunk in which each round puts each position
+    bucket_size:int, # chunk length m
+    look_around:tuple, # how many chunks before and after its own a query sees
+    attend_across_buckets:bool, # False: only keys of the same bucket
+)->Tensor: # (b, h, r, i, j) int: how often round r shows key j to query i
+    "`round_counts` where the chunks of all rounds form a circle, last round before first"
+    r,n = chunks.shape[2:]
+    c = -(-n//bucket_size)
+    places = chunks + c*torch.arange(r, device=chunks.device)[:,None]   # number of the chunk in the circle
+    def shown(o, k): return equal_pairs((places+o)%(r*c), places[:,:,k:k+1]) & (attend_across_buckets | equal_pairs(ids, ids[:,:,k:k+1]))
+    before,after = look_around
+    return sum(shown(o, k).int() for o in range(-before, after+1) for k in range(r))
+
 # %% ../nbs/03_attention.ipynb #round-counts
 def round_counts(
     buckets:Tensor, # (b, h, r, n), padding in a bucket of its own after the others
     *,
     bucket_size:int, # chunk length m
     look_back:str='none', # what the first chunk looks back to: 'none', 'round' or 'rounds'
+    look_around:tuple=(1,0), # how many chunks before and after its own a query sees; other numbers make a circle of the chunks of all rounds
     attend_across_buckets:bool=True, # False: only keys of the same bucket
     mask:Tensor|None=None, # (b, n) bool, True where a real token stands
 )->Tensor: # (b, h, r, i, j) int: how often round r shows key j to query i, masks and causality aside
     "Which keys each round shows to each query: those of its chunk and of the chunk before"
     ids = buckets + 2**32*torch.arange(buckets.shape[2], device=buckets.device)[:,None]   # unique across rounds
     chunks = sorted_rank(buckets) // bucket_size
+    if tuple(look_around)!=(1,0): return circle_counts(ids, chunks, bucket_size, look_around, attend_across_buckets)
     shown = [(chunks, chunks, ids), (chunks-1, chunks, ids)]   # chunk wanted by a query; chunk and bucket of a key
     if look_back!='none':
         n_real = buckets.shape[-1] if mask is None else mask.sum(-1).clamp(min=1).view(-1, 1, 1, 1)
@@ -265,8 +287,10 @@ def lsh_attention_oracle(
     causal:bool=False, # hide later positions
     mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
     scale:float=1., # factor of the scores
+    key_eps:float=0., # added to the mean square of a key before it is brought to length 1
     dropout:float=0., # share of the weights that are zeroed
     look_back:str='none', # what the first chunk looks back to: 'none', 'round' or 'rounds'
+    look_around:tuple=(1,0), # how many chunks before and after its own a query sees; other numbers make a circle of the chunks of all rounds
     attend_across_buckets:bool=True, # False: only keys of the same bucket
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
     query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
@@ -282,10 +306,10 @@ def lsh_attention_oracle(
     if mask is not None:
         buckets = buckets.masked_fill(~rearrange(mask, 'b n -> b 1 1 n'), torch.iinfo(buckets.dtype).max)
     qk = zero_padding(qk, mask)
-    shown = round_counts(buckets, bucket_size=bucket_size, look_back=look_back,
+    shown = round_counts(buckets, bucket_size=bucket_size, look_back=look_back, look_around=look_around,
                          attend_across_buckets=attend_across_buckets, mask=mask)
     see = visible_pairs(qk.shape[2], causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask,
                         device=qk.device)
     counts = reduce(shown, 'b h r i j -> b h i j', 'sum')[:,:,:query_len] * see
     if not allow_duplicate_attention: counts = counts.clamp(max=1)
-    return weighted_values(multiset_weights(qk, counts, scale=scale), v, mask, key_mask, dropout, return_weights)
+    return weighted_values(multiset_weights(qk, counts, scale=scale, key_eps=key_eps), v, mask, key_mask, dropout, return_weights)
