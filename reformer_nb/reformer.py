@@ -132,11 +132,22 @@ class Pretrained:
 
     @classmethod
     def from_pretrained(cls,
-        directory:str|Path, # as `save_pretrained` wrote it
+        directory:str|Path, # as `save_pretrained` wrote it, or an id on the hub, such as user/name
     )->nn.Module: # a model of this class, in eval mode
         "Read a model back"
         from reformer_nb.checkpoints import load_pretrained
         return load_pretrained(directory, cls)
+
+    def push_to_hub(self,
+        repo_id:str, # user/name; made if it is not there
+        *,
+        private:bool|None=None, # whether a new one is private; None leaves it to the hub
+        token:str|None=None, # of access; None takes the one of `hf auth login`
+        commit_message:str='Upload model', # what the history says
+    )->str: # address of the commit
+        "Upload weights and configuration to Hugging Face's hub"
+        from reformer_nb.checkpoints import push_to_hub
+        return push_to_hub(self, repo_id, private=private, token=token, commit_message=commit_message)
 
 # %% ../nbs/10_reformer.ipynb #old-arguments
 old_names = dict(emb='dim')   # of early versions of reformer_pytorch
