@@ -13,7 +13,7 @@ def draw(config, n, b=3, seed=0): return torch.randint(1, config.vocab_size, (b,
 
 def masks(kind, b, n):
     if kind=='none': return None
-    if kind=='end': return (torch.arange(n) < torch.tensor([n, n-3, max(1, n//3)])[:,None]).long()
+    if kind=='end': return (torch.arange(n) < torch.tensor([n, max(1, n-3), max(1, n//3)])[:,None]).long()
     return (torch.rand(b, n, generator=torch.Generator().manual_seed(n)) > .3).long().index_fill(1, torch.tensor([0]), 1)
 
 def pair(seed, task='causal_lm', **options):
@@ -42,3 +42,197 @@ def test_outputs_and_buckets(seed, mask, length):
     for a,b in zip(mine, want_buckets): assert torch.equal(a.long(), b)
     real = seen.bool() if seen is not None and got.ndim==3 else ...
     close(got[real], want[real])
+
+def loss_of(task, out, tokens, seen):
+    "A loss in float64; the library computes that of the next token in float32"
+    if task=='causal_lm': return F.cross_entropy(out[:,:-1].flatten(0, 1), tokens[:,1:].masked_fill(~seen[:,1:].bool(), -100).flatten())
+    if task=='masked_lm': return F.cross_entropy(out.flatten(0, 1), tokens.masked_fill(~seen.bool() | (tokens%3>0), -100).flatten())
+    if task=='sequence_classification': return F.cross_entropy(out, tokens[:,0]%3)
+    if task=='question_answering': return (F.cross_entropy(out[...,0], tokens[:,1]%10) + F.cross_entropy(out[...,1], tokens[:,2]%10))/2
+    return (out*seen[...,None]).sin().sum()/len(tokens)
+
+def our_loss(model, task, tokens, seen):
+    "The same by our models' own `loss`, where they have one"
+    if task=='causal_lm': return model.loss(tokens, seen)
+    if task=='masked_lm': return model.loss(tokens, seen, labels=tokens.masked_fill(tokens%3>0, -100))
+    if task=='sequence_classification': return model.loss(tokens, tokens[:,0]%3, seen)
+    if task=='question_answering': return model.loss(tokens, tokens[:,1]%10, tokens[:,2]%10, seen)
+    return loss_of(task, model(tokens, seen), tokens, seen)
+
+@pytest.mark.parametrize('seed,mask', sample(product(range(40), ('none','end')), 30))
+def test_loss_and_gradients(seed, mask):
+    "Training as the library does it, in the one length that its grid allows: loss and all gradients to 1e-9"
+    from reformer_nb.huggingface import own_tensors
+    task = tasks[seed%5]
+    theirs,ours = pair(seed, task, axial_pos_shape=[6,8], max_position_embeddings=48)
+    tokens,seen = draw(theirs.config, 48),masks(mask, 3, 48)
+    given = torch.ones_like(tokens) if seen is None else seen
+    theirs.train(),ours.train()
+    with hf.single_draws():
+        want = loss_of(task, hf.outputs(theirs, task, tokens, seen), tokens, given)
+        want.backward()
+        got = our_loss(ours, task, tokens, given)
+    close(got, want)
+    own = own_tensors(ours, task)
+    grads = dict(zip(own, torch.autograd.grad(got, list(own.values()))))
+    for k,o in theirs.named_parameters():
+        if o.grad is not None: close(grads[k.removeprefix('reformer.')].reshape(o.shape), o.grad)
+
+@pytest.mark.parametrize('seed', range(8))
+def test_float32(seed):
+    "In float32 to 1e-4 where every query sees another key"
+    theirs = hf.new_model(hf.random_config(seed, is_decoder=False), 'base', seed).float()
+    ours,tokens = ReformerLM.from_huggingface(theirs),draw(theirs.config, 48)
+    with torch.no_grad(): close(ours(tokens), hf.outputs(theirs, 'base', tokens), 1e-4)
+
+def test_float32_of_queries_that_see_another_key():
+    "A causal layer: where a query saw nothing but itself in all rounds, their float32 is off, ours is not"
+    from reformer_nb import Recorder
+    config = hf.random_config(0, attn_layers=['lsh'], is_decoder=True, num_hashes=3, num_buckets=[4,2], lsh_attn_chunk_length=4, lsh_num_chunks_before=1, lsh_num_chunks_after=0)
+    exact = hf.new_model(config, 'causal_lm')
+    tokens = draw(config, 48)
+    ours = Recorder(ReformerLM.from_huggingface(exact).float())
+    with torch.no_grad():
+        got,want = ours(tokens),hf.outputs(exact.float(), 'causal_lm', tokens)
+    attn = ours.recordings[0][0]['attn']
+    met = (attn.diagonal(dim1=-2, dim2=-1)==0).all(1)
+    assert 0 < (~met).sum() < met.numel()/2
+    close(got[met], want[met], 1e-4)
+
+def test_rotations_without_a_seed():
+    "Drawn from the global generator, as there: the same seed before a call gives the same outputs"
+    theirs,ours = pair(2, hash_seed=None, num_buckets=8)
+    tokens,results = draw(theirs.config, 48),[]
+    for f in (lambda: hf.outputs(theirs, 'causal_lm', tokens), lambda: ours(tokens)):
+        torch.manual_seed(7)
+        with torch.no_grad(), hf.single_draws(): results += [f(), torch.rand(3)]
+    close(results[0], results[2])
+    assert torch.equal(results[1], results[3])
+
+# to and fro
+
+@pytest.mark.parametrize('seed', sample(range(40), 12))
+def test_round_trip(seed, tmp_path):
+    "Written back, the library computes the same bits, and here the model comes back as it was"
+    task = tasks[seed%5]
+    theirs,ours = pair(seed, task)
+    ours.to_huggingface(tmp_path)
+    again = hf.classes[task].from_pretrained(tmp_path).eval()
+    tokens = draw(theirs.config, 29)
+    assert again.dtype==torch.double
+    with torch.no_grad(), hf.single_draws():
+        assert torch.equal(hf.outputs(again, task, tokens), hf.outputs(theirs, task, tokens))
+    back = ReformerLM.from_huggingface(tmp_path)
+    assert type(back) is type(ours)
+    same = dict(back.net.config if hasattr(back, 'net') else back.config)
+    for k,o in (ours.net.config if hasattr(ours, 'net') else ours.config).items(): assert k in ('ff_chunks', 'hash_seed') or same[k]==o, k
+    assert all(torch.equal(a, b) for a,b in zip(back.parameters(), ours.parameters(), strict=True))
+
+@pytest.mark.parametrize('task', tasks)
+def test_saved_there_loaded_here_saved_here(task, tmp_path):
+    from reformer_nb.checkpoints import load_pretrained
+    theirs,ours = pair(2+tasks.index(task), task)
+    theirs.save_pretrained(tmp_path/'there')
+    loaded = ReformerLM.from_huggingface(tmp_path/'there')
+    loaded.save_pretrained(tmp_path/'here')
+    again = load_pretrained(tmp_path/'here')
+    tokens = draw(theirs.config, 29)
+    with torch.no_grad():
+        for o in (loaded, again):
+            torch.manual_seed(0)
+            got = hf.our_outputs(o, task, tokens)
+            torch.manual_seed(0)
+            assert torch.equal(got, hf.our_outputs(ours, task, tokens))
+
+def test_old_files(tmp_path):
+    "A pickle, with constants of old releases, a bias of the decoder's own, and stray keys in the configuration"
+    import json
+    theirs,_ = pair(2)
+    state = {k: o.detach().clone() for k,o in theirs.state_dict().items()}
+    for k in ('self_mask_value_float16', 'mask_value_float32'): state[f'reformer.encoder.layers.0.attention.self_attention.{k}'] = torch.tensor(-1e5)
+    state['lm_head.decoder.bias'],state['lm_head.bias'] = state['lm_head.bias'],torch.zeros_like(state['lm_head.bias'])
+    torch.save(state, tmp_path/'pytorch_model.bin')
+    (tmp_path/'config.json').write_text(json.dumps({**theirs.config.to_dict(), 'output_past': True, 'seed': 0, 'sinusoidal_pos_embds': False, 'num_chunks_before': 1}))
+    tokens = draw(theirs.config, 29)
+    with torch.no_grad(), hf.single_draws(): close(ReformerLM.from_huggingface(tmp_path, 'causal_lm')(tokens), hf.outputs(theirs, 'causal_lm', tokens))
+
+def test_weights_in_several_files(tmp_path):
+    theirs,ours = pair(2)
+    theirs.save_pretrained(tmp_path, max_shard_size='20KB')
+    assert len(list(tmp_path.glob('*.safetensors')))>1
+    tokens = draw(theirs.config, 29)
+    with torch.no_grad(): assert torch.equal(ReformerLM.from_huggingface(tmp_path)(tokens), ours(tokens))
+
+def test_a_new_head():
+    theirs,_ = pair(2)
+    theirs.config.num_labels = 4
+    model = ReformerLM.from_huggingface(theirs, 'sequence_classification', new_head=True)
+    assert model(draw(theirs.config, 29)).shape==(3,4) and next(model.to_out.parameters()).dtype==torch.double
+    with pytest.raises(ValueError, match=r'missing classifier.dense.weight, .* and 1 more; pass new_head=True'): ReformerLM.from_huggingface(theirs, 'sequence_classification')
+
+# the wrong thing
+
+@pytest.fixture
+def saved(tmp_path):
+    theirs,_ = pair(2)
+    theirs.save_pretrained(tmp_path)
+    return tmp_path
+
+def change(directory, **changes):
+    import json
+    config = {**json.loads((directory/'config.json').read_text()), **changes}
+    (directory/'config.json').write_text(json.dumps(config))
+
+def test_another_architecture_is_refused(saved):
+    change(saved, model_type='bert')
+    with pytest.raises(ValueError, match="of a 'bert', not of a 'reformer'"): ReformerLM.from_huggingface(saved)
+    with pytest.raises(TypeError, match='Linear without a configuration'): ReformerLM.from_huggingface(torch.nn.Linear(2, 2))
+
+@pytest.mark.parametrize('changes,says', [
+    (dict(hidden_size=32, axial_pos_embds_dim=[16,16]), r'embeddings.word_embeddings.weight has shape \(40, 24\), the configuration asks for \(40, 32\)'),
+    (dict(vocab_size=41), r'word_embeddings.weight has shape \(40, 24\), the configuration asks for \(41, 24\)'),
+    (dict(attn_layers=['local','lsh','local','lsh']), 'missing encoder.layers.3.attention'),
+    (dict(attn_layers=['local','local','local']), r'missing encoder.layers.1.attention.self_attention.query.weight.*; unexpected encoder.layers.1.attention.self_attention.query_key'),
+    (dict(attn_layers=['local','lsh']), 'unexpected encoder.layers.2.attention'),
+    (dict(attn_layers=['local','far','local']), r"attn_layers holds \['far'\]"),
+    (dict(hidden_act='quick'), "hidden_act='quick' is not known"),
+    (dict(is_decoder=False), 'says is_decoder=False')])
+def test_a_configuration_that_does_not_fit_is_refused(saved, changes, says):
+    change(saved, **changes)
+    with pytest.raises(ValueError, match=says): ReformerLM.from_huggingface(saved)
+
+def test_missing_and_damaged_files_are_refused(saved):
+    file = saved/'model.safetensors'
+    whole = file.read_bytes()
+    for k in (0, 4, 100, len(whole)//2, len(whole)-1):
+        file.write_bytes(whole[:k])
+        with pytest.raises(ValueError, match=r'model.safetensors is damaged \([^\n]+\); download it again'): ReformerLM.from_huggingface(saved)
+    file.unlink()
+    with pytest.raises(FileNotFoundError, match='holds none of model.safetensors'): ReformerLM.from_huggingface(saved)
+    (saved/'pytorch_model.bin').write_bytes(whole)
+    with pytest.raises(ValueError, match='pytorch_model.bin is'): ReformerLM.from_huggingface(saved)
+    (saved/'config.json').write_text('{')
+    with pytest.raises(ValueError, match='config.json is damaged'): ReformerLM.from_huggingface(saved)
+    (saved/'config.json').unlink()
+    with pytest.raises(FileNotFoundError, match='config.json is missing'): ReformerLM.from_huggingface(saved)
+    with pytest.raises(FileNotFoundError, match='is no folder, and no id on the hub'): ReformerLM.from_huggingface(saved/'nowhere')
+
+@pytest.mark.parametrize('load', ['from_huggingface', 'from_pretrained'])
+def test_the_hub_without_a_network(load, monkeypatch, tmp_path):
+    import huggingface_hub
+    def offline(*args, **options): raise huggingface_hub.errors.LocalEntryNotFoundError('no connection')
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', offline)
+    with pytest.raises(OSError, match=r'user/name is no folder, and the hub did not give it \(LocalEntryNotFoundError: no connection\); check the id and the network'):
+        getattr(ReformerLM, load)('user/name')
+
+def test_an_id_on_the_hub(monkeypatch, saved, tmp_path):
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', lambda name, **options: asked.append((name, options)) or saved)
+    assert ReformerLM.from_huggingface('google/reformer-enwik8').config['dim']==24
+    assert asked[0][0]=='google/reformer-enwik8' and '*.bin' in asked[0][1]['allow_patterns']
+
+def test_what_they_do_not_have_is_not_written(tmp_path):
+    model = ReformerLM(num_tokens=40, dim=24, depth=2, max_seq_len=64, heads=3, dim_head=8, causal=True)
+    with pytest.raises(ValueError, match='Hugging Face has no Reformer with'): model.to_huggingface(tmp_path)
+    assert not list(tmp_path.iterdir())
