@@ -10,7 +10,7 @@ __all__ = ['choose_places', 'mask_tokens', 'reserve', 'MaskedLM', 'masked_mean',
 import torch
 import torch.nn.functional as F
 from .checkpoints import model_classes
-from .core import Config, as_mask, check_choice, check_int, check_rate, real_positions, upcast
+from .core import Config, as_mask, check_choice, check_int, check_rate, mask_value, real_positions, upcast
 from .cross_attention import hide_padding
 from .language_model import HuggingFaceWeights, ReformerLM
 from .next_token import as_tokens, loss_in_blocks
@@ -259,6 +259,7 @@ class SpanFinder(OnTokens):
     )->Tensor: # () mean over the texts and both ends, in nats
         "What the bets on both ends cost"
         bets = self(tokens, input_mask)
+        if input_mask is not None: bets = [o.masked_fill(~as_mask(input_mask, tokens.shape), mask_value(o.dtype)) for o in bets]   # no answer stands in padding
         return sum(F.cross_entropy(upcast(o), check_labels(labels, tokens.shape[:1], tokens.shape[1])) for o,labels in zip(bets, (starts, ends)))/2
 
 # %% ../nbs/19_tasks.ipynb #series-input

@@ -48,7 +48,9 @@ def loss_of(task, out, tokens, seen):
     if task=='causal_lm': return F.cross_entropy(out[:,:-1].flatten(0, 1), tokens[:,1:].masked_fill(~seen[:,1:].bool(), -100).flatten())
     if task=='masked_lm': return F.cross_entropy(out.flatten(0, 1), tokens.masked_fill(~seen.bool() | (tokens%3>0), -100).flatten())
     if task=='sequence_classification': return F.cross_entropy(out, tokens[:,0]%3)
-    if task=='question_answering': return (F.cross_entropy(out[...,0], tokens[:,1]%10) + F.cross_entropy(out[...,1], tokens[:,2]%10))/2
+    if task=='question_answering':
+        out = out.masked_fill(~seen.bool()[...,None], -torch.inf)   # no answer stands in padding, on which they bet too
+        return (F.cross_entropy(out[...,0], tokens[:,1]%10) + F.cross_entropy(out[...,1], tokens[:,2]%10))/2
     return (out*seen[...,None]).sin().sum()/len(tokens)
 
 def our_loss(model, task, tokens, seen):
@@ -113,7 +115,7 @@ def test_rotations_without_a_seed():
 
 @pytest.mark.parametrize('seed', sample(range(40), 12))
 def test_round_trip(seed, tmp_path):
-    "Written back, the library computes the same bits, and here the model comes back as it was"
+    "Written back, the library computes the same, and here the model comes back as it was"
     task = tasks[seed%5]
     theirs,ours = pair(seed, task)
     ours.to_huggingface(tmp_path)
@@ -121,7 +123,8 @@ def test_round_trip(seed, tmp_path):
     tokens = draw(theirs.config, 29)
     assert again.dtype==torch.double
     with torch.no_grad(), hf.single_draws():
-        assert torch.equal(hf.outputs(again, task, tokens), hf.outputs(theirs, task, tokens))
+        close(hf.outputs(again, task, tokens), hf.outputs(theirs, task, tokens), 1e-12)   # feed-forward in one piece there, perhaps
+    assert all(torch.equal(o, again.state_dict()[k]) for k,o in theirs.state_dict().items())
     back = ReformerLM.from_huggingface(tmp_path)
     assert type(back) is type(ours)
     same = dict(back.net.config if hasattr(back, 'net') else back.config)
@@ -236,3 +239,193 @@ def test_what_they_do_not_have_is_not_written(tmp_path):
     model = ReformerLM(num_tokens=40, dim=24, depth=2, max_seq_len=64, heads=3, dim_head=8, causal=True)
     with pytest.raises(ValueError, match='Hugging Face has no Reformer with'): model.to_huggingface(tmp_path)
     assert not list(tmp_path.iterdir())
+
+# what is wrong there is right here
+
+def kind(seed=1, **options):
+    "An imported language model whose grid has 48 places, with 'lsh' and 'local' layers unless `options` say otherwise"
+    config = dict(attn_layers=['local','lsh','local','lsh'], lsh_attn_chunk_length=8, local_attn_chunk_length=4, num_hashes=2, num_buckets=6, lsh_num_chunks_before=1,
+                  lsh_num_chunks_after=0, local_num_chunks_before=1, axial_pos_embds=True, axial_pos_shape=[6,8], max_position_embeddings=48)
+    return pair(seed, **{**config, **options})
+
+local = dict(attn_layers=['local']*3)
+
+def grads_of(model, tokens, seed=1):
+    torch.manual_seed(seed)
+    loss = model.loss(tokens)
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+def plainly(model):
+    import copy
+    res = copy.deepcopy(model)
+    res.reformer.layers.reverse_thres = 10**9
+    return res
+
+def test_b1_the_bias_of_the_logits_is_applied():
+    theirs,ours = kind()
+    tokens = draw(theirs.config, 48)
+    with torch.no_grad(), hf.single_draws():
+        without = theirs(tokens).logits
+        close(ours(tokens), without + theirs.lm_head.bias)
+    assert theirs.lm_head.bias.abs().max()>.1
+    ours.loss(tokens).backward()
+    assert ours.to_logits.bias.grad.abs().max()>0
+
+@pytest.mark.parametrize('layers', [['lsh']*3, ['local','lsh','local'], ['local']*2])
+def test_b2_gradients_are_right_with_dropout(layers):
+    rates = dict(hidden_dropout_prob=.1, local_attention_probs_dropout_prob=.1, lsh_attention_probs_dropout_prob=.1)
+    theirs,ours = kind(attn_layers=layers, **rates)
+    tokens = draw(theirs.config, 48)
+    ours.train()
+    found,want = grads_of(ours, tokens),grads_of(plainly(ours), tokens)
+    assert (found[0]-grads_of(ours, tokens, 2)[0]).abs()>1e-3   # dropout is there
+    for a,b in zip(found, want): close(a, b, 1e-11)
+
+@pytest.mark.parametrize('how', [local, dict(causal='strict')])
+def test_b3_rows_of_a_batch_do_not_mix_in_a_cache(how):
+    theirs,ours = kind(**how) if how is local else (kind()[0], ReformerLM.from_huggingface(kind()[0], **how))
+    prompt = draw(theirs.config, 9)
+    cached = ours.generate(prompt, 20, temperature=0, use_cache=True)
+    for row,new in zip(prompt, cached): assert torch.equal(ours.generate(row[None], 20, temperature=0, use_cache=False)[0], new)
+    state,logits = ours.init_state(3),[]
+    for o in torch.cat([prompt, cached], 1).split(1, 1):
+        out,state = ours(o, state=state)
+        logits.append(out)
+    close(torch.cat(logits, 1), ours(torch.cat([prompt, cached], 1)), 1e-10)
+
+def test_b4_what_a_cache_would_change_is_refused():
+    _,ours = kind()
+    prompt = torch.arange(1, 10)[None]
+    with pytest.raises(ValueError, match='use_cache=True would change the result'): ours.generate(prompt, 5, use_cache=True)
+    new = ours.generate(prompt, 12, temperature=0)
+    text = prompt
+    for _ in range(12): text = torch.cat([text, ours(text)[:,-1:].argmax(-1)], 1)
+    assert torch.equal(new, text[:,9:])
+
+def test_b5_another_number_of_rounds_forward_and_backward():
+    theirs,_ = kind()
+    tokens = draw(theirs.config, 48)
+    ours = ReformerLM.from_huggingface(theirs, n_hashes=4)
+    with torch.no_grad(), hf.single_draws(): close(ours(tokens), theirs(tokens, num_hashes=4).logits + theirs.lm_head.bias)
+    for a,b in zip(grads_of(ours.train(), tokens), grads_of(plainly(ours), tokens)): close(a, b, 1e-11)
+
+@pytest.mark.parametrize('n', [1, 2, 5, 13, 29, 47])
+def test_b6_any_length_in_training_and_evaluation(n):
+    _,ours = kind()
+    tokens = draw(ours_config := kind()[0].config, n+1)
+    for mode in (True, False):
+        for a,b in zip(grads_of(ours.train(mode), tokens), grads_of(plainly(ours), tokens)): close(a, b, 1e-11)
+    assert ours(tokens[:,:n]).shape==(3, n, ours_config.vocab_size)
+
+def test_b7_automatic_buckets_and_a_short_prompt():
+    theirs,ours = kind(num_buckets=None)
+    assert ours.config['n_buckets']=='power'
+    prompt = draw(theirs.config, 3)
+    new = ours.generate(prompt, 30, temperature=0)
+    text = torch.cat([prompt, new], 1)
+    with torch.no_grad(): assert torch.equal(ours(text[:,:-1])[:,-1].argmax(-1), new[:,-1])
+    assert ours.config['n_buckets']=='power'   # a length that was seen first decides nothing
+
+@pytest.mark.parametrize('how', [local, dict(causal='strict')])
+def test_b8_more_heads_than_places_in_a_chunk_and_segments(how):
+    small = dict(num_attention_heads=6, attention_head_size=4, lsh_attn_chunk_length=4, local_attn_chunk_length=4)
+    theirs,ours = kind(**small, **local) if how is local else kind(**small)
+    if how is not local: ours = ReformerLM.from_huggingface(theirs, **how)
+    tokens,state,found = draw(theirs.config, 40),ours.init_state(3),[]
+    for part in tokens.split([7,1,12,20], 1):
+        out,state = ours(part, state=state)
+        found.append(out)
+    close(torch.cat(found, 1), ours(tokens), 1e-10)
+
+def test_b9_three_sides_of_a_grid(tmp_path):
+    import transformers
+    config = hf.random_config(2, is_decoder=True, axial_pos_shape=[2,3,8], axial_pos_embds_dim=[4,8,12], max_position_embeddings=48, lsh_num_chunks_after=0, local_num_chunks_after=0)
+    theirs = hf.new_model(config, 'causal_lm')
+    tables = theirs.reformer.embeddings.position_embeddings.weights
+    with torch.no_grad():
+        for o in tables: o.normal_()
+    ours = ReformerLM.from_huggingface(theirs)
+    want = torch.cat([o.expand(2, 3, 8, -1) for o in tables], -1).flatten(0, 2)
+    close(ours.pos_emb(torch.arange(48)), want, 0)
+    ours.to_huggingface(tmp_path)
+    again = transformers.ReformerModelWithLMHead.from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a,b in zip(again.reformer.embeddings.position_embeddings.weights, tables))
+    assert ours(draw(config, 31)).isfinite().all()
+
+def test_b10_gradients_in_evaluation_and_by_autograd_grad():
+    _,ours = kind()
+    tokens = torch.arange(1, 33)[None] % 40
+    want = grads_of(plainly(ours.eval()), tokens)
+    for a,b in zip(grads_of(ours, tokens), want): close(a, b, 1e-11)
+    ours.loss(tokens).backward()
+    for a,b in zip(ours.parameters(), want[1:]): close(a.grad, b, 1e-11)
+
+def test_b11_activations_do_not_grow_with_depth():
+    def kept(depth):
+        "Bytes that a forward pass in training keeps, weights and buckets apart"
+        _,ours = kind(attn_layers=['local','lsh']*depth)
+        known,found = {o.data_ptr() for o in ours.parameters()},{}
+        def pack(x):
+            if x.is_floating_point() and x.data_ptr() not in known: found[x.data_ptr()] = x.numel()*x.element_size()
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): ours.train().loss(torch.arange(1, 49)[None] % 40)
+        return sum(found.values())
+    assert kept(1)==kept(4)
+
+@pytest.mark.parametrize('layers', [['local','lsh','local'], ['local']*2])
+def test_b12_padded_prompts_are_masked(layers):
+    theirs,ours = kind(attn_layers=layers)
+    prompt,lengths = draw(theirs.config, 12),(12, 7, 3)
+    real = torch.arange(12) >= 12-torch.tensor(lengths)[:,None]
+    for mask,text in ((real, prompt), (real.flip(1), prompt.flip(1))):   # padding in front, and behind
+        new = ours.generate(text.masked_fill(~mask, 0), 15, input_mask=mask, temperature=0)
+        assert torch.equal(new, ours.generate(text.masked_fill(~mask, 5), 15, input_mask=mask, temperature=0))
+        for row,m,found in zip(text, mask, new): assert torch.equal(ours.generate(row[m][None], 15, temperature=0)[0], found)
+
+def test_b13_the_global_generator_is_left_alone():
+    theirs,ours = kind()
+    tokens = draw(theirs.config, 48)
+    torch.manual_seed(3)
+    want = torch.rand(3)
+    torch.manual_seed(3)
+    with torch.no_grad(): ours(tokens)
+    ours.train().loss(tokens).backward()
+    assert torch.equal(torch.rand(3), want)
+    torch.manual_seed(3)
+    with torch.no_grad(): theirs(tokens)
+    assert not torch.equal(torch.rand(3), want)
+
+# what our models can do
+
+def test_backends_agree():
+    theirs,_ = kind()
+    tokens,mask = draw(theirs.config, 41),masks('end', 3, 41)
+    fused,plain = (ReformerLM.from_huggingface(theirs, backend=o) for o in ('fused','reference'))
+    for a,b in zip(grads_of(fused, tokens), grads_of(plain, tokens)): close(a, b, 1e-11)
+    with torch.no_grad(): close(fused(tokens, mask), plain(tokens, mask), 1e-11)
+
+def test_recorder_diagnostics_and_steps():
+    from reformer_nb import Recorder, attention_recall, check_gradients
+    theirs,ours = kind()
+    tokens = draw(theirs.config, 48)
+    recorder = Recorder(ours)
+    with torch.no_grad(): recorder(tokens)
+    entries = recorder.recordings[0]
+    assert len(entries)==2 and entries[0]['attn'].shape==(3, theirs.config.num_attention_heads, 48, 48)   # of the layers that hash
+    close(entries[0]['attn'].sum(-1), torch.ones(3, theirs.config.num_attention_heads, 48), 1e-5)
+    rows = attention_recall(ours, tokens, top_k=4)
+    assert len(rows)==2*theirs.config.num_attention_heads and all(0<o['mass']<=1 for o in rows)
+    check_gradients(ours, tokens)
+    optimizer,losses = torch.optim.Adam(ours.parameters(), 1e-3),[]
+    for _ in range(8):
+        losses.append(ours.train().loss(tokens))
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1]<losses[0]
+
+def test_the_package_of_the_library_is_not_needed():
+    "Reading a directory imports nothing of transformers"
+    import subprocess, sys
+    code = 'import sys, reformer_nb.huggingface; sys.exit("transformers" in sys.modules or "huggingface_hub" in sys.modules)'
+    assert subprocess.run([sys.executable, '-c', code]).returncode==0
