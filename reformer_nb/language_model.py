@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['old_lm_arguments', 'check_sides', 'axial_grid', 'position_layer', 'check_sizes', 'check_tensor', 'TokenModel',
-           'Generative', 'HuggingFaceWeights', 'ReformerLM']
+           'Generative', 'ReformerLM']
 
 # %% ../nbs/11_language_model.ipynb #imports
 from collections.abc import Iterator
 import math
-from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from .core import Config, accept_names, as_mask, check_choice, check_int, check_
 from .next_token import NextToken, as_tokens
 from .positions import AbsolutePositionalEmbedding, AxialPositionalEmbedding, FixedPositionalEmbedding, RotaryEmbedding
 from .self_attention import UpstreamWeights
-from .reformer import Pretrained, Reformer, old_arguments, old_names
+from .reformer import HuggingFaceWeights, Pretrained, Reformer, old_arguments, old_names
 from .state import TextState
 
 # %% ../nbs/11_language_model.ipynb #check-sides
@@ -217,28 +216,6 @@ class Generative:
         from reformer_nb.generation import stream
         return stream(self, prompt, max_new_tokens, input_mask=input_mask, temperature=temperature, top_k=top_k, top_p=top_p, eos_token=eos_token,
                       pad_token=pad_token, generator=generator, keys=keys, context_mask=context_mask, use_cache=use_cache)
-
-# %% ../nbs/11_language_model.ipynb #huggingface-weights
-class HuggingFaceWeights:
-    "Reformers of Hugging Face as models of this package, and back"
-    @classmethod
-    def from_huggingface(cls,
-        source:str|Path|nn.Module, # a directory, an id on the hub, or a model of transformers
-        task:str|None=None, # 'causal_lm', 'masked_lm', 'sequence_classification', 'question_answering' or 'base'; None takes that of the class, or what was saved
-        *,
-        new_head:bool=False, # begin with a new head if the weights have none for the task
-        **options:object, # arguments of the model that are to be different from what was saved
-    )->nn.Module: # a model for the task, in eval mode
-        "A model with weights of Hugging Face"
-        from reformer_nb.huggingface import from_huggingface
-        return from_huggingface(source, task or getattr(cls, 'huggingface_task', None), options, new_head=new_head)
-
-    def to_huggingface(self,
-        directory:str|Path, # made if it is not there
-    )->None:
-        "Write configuration and weights as transformers reads them"
-        from reformer_nb.huggingface import to_huggingface
-        to_huggingface(self, directory)
 
 # %% ../nbs/11_language_model.ipynb #old-lm-arguments
 old_lm_arguments = dict(**old_arguments, rotary_emb='positions are rotary unless another kind is chosen; leave it out')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['old_names', 'old_arguments', 'check_input', 'mean', 'join_streams', 'fill_chunks', 'TwoStreams', 'Pretrained',
-           'Reformer', 'Autopadder']
+           'HuggingFaceWeights', 'Reformer', 'Autopadder']
 
 # %% ../nbs/10_reformer.ipynb #imports
 from pathlib import Path
@@ -148,6 +148,28 @@ class Pretrained:
         "Upload weights and configuration to Hugging Face's hub"
         from reformer_nb.checkpoints import push_to_hub
         return push_to_hub(self, repo_id, private=private, token=token, commit_message=commit_message)
+
+# %% ../nbs/10_reformer.ipynb #huggingface-weights
+class HuggingFaceWeights:
+    "Reformers of Hugging Face as models of this package, and back"
+    @classmethod
+    def from_huggingface(cls,
+        source:str|Path|nn.Module, # a directory, an id on the hub, or a model of transformers
+        task:str|None=None, # 'causal_lm', 'masked_lm', 'sequence_classification', 'question_answering' or 'base'; None takes that of the class, or what was saved
+        *,
+        new_head:bool=False, # begin with a new head if the weights have none for the task
+        **options:object, # arguments of the model that are to be different from what was saved
+    )->nn.Module: # a model for the task, in eval mode
+        "A model with weights of Hugging Face"
+        from reformer_nb.imported import from_huggingface
+        return from_huggingface(source, task or getattr(cls, 'huggingface_task', None), options, new_head=new_head)
+
+    def to_huggingface(self,
+        directory:str|Path, # made if it is not there
+    )->None:
+        "Write configuration and weights as transformers reads them"
+        from reformer_nb.imported import to_huggingface
+        to_huggingface(self, directory)
 
 # %% ../nbs/10_reformer.ipynb #old-arguments
 old_names = dict(emb='dim')   # of early versions of reformer_pytorch

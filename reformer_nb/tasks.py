@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from .checkpoints import model_classes
 from .core import Config, as_mask, check_choice, check_int, check_rate, mask_value, real_positions, upcast
 from .cross_attention import hide_padding
-from .language_model import HuggingFaceWeights, ReformerLM
+from .language_model import ReformerLM
 from .next_token import as_tokens, loss_in_blocks
 from .positions import FixedPositionalEmbedding
-from .reformer import Pretrained, Reformer
+from .reformer import HuggingFaceWeights, Pretrained, Reformer
 from torch import Tensor, nn
 
 # %% ../nbs/19_tasks.ipynb #choose-places
