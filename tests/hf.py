@@ -42,7 +42,8 @@ def new_model(config, task, seed=0):
         for name,o in model.named_parameters():
             if 'layer_norm' in name: o += .1*torch.randn_like(o)
             elif o.ndim==1: o.normal_(std=.3)
-            elif 'position' not in name: o.normal_(std=.25)
+            elif 'position' in name: o.copy_(torch.randn(o.shape))   # tables that their class keeps in float32 at times
+            else: o.normal_(std=.25)
     return model
 
 def bias_of(model):
