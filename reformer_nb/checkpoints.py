@@ -92,7 +92,7 @@ def decode_config(
     try:
         config = json.loads(text)
         name,version,arguments = (config[k] for k in ('model_class', 'format_version', 'arguments'))
-        is_newer,cls = version>format_version,model_classes.get(name)
+        is_newer,cls = not 0<version<=format_version,model_classes.get(name)
         arguments = {k: tuple(o) if isinstance(o, list) else o for k,o in arguments.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ValueError(f'the configuration is damaged ({e!r}); copy it again, or save the model again') from None
