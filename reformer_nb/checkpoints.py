@@ -168,16 +168,15 @@ def build_model(
 def local_directory(
     source:str|Path, # a folder, or an id on the hub
     files:tuple, # patterns of the files that are needed
-)->Path: # a folder
+)->Path: # a folder, which need not be there
     "The folder itself, or a copy of what the hub has"
-    if Path(source).is_dir(): return Path(source)
-    if isinstance(source, Path) or not re.fullmatch(r'[\w.-]+(/[\w.-]+)?', source) or source.startswith('.'):
-        raise FileNotFoundError(f'{source} is no folder, and no id on the hub such as user/name; give the folder of a checkpoint')
+    is_id = isinstance(source, str) and re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', source)
+    if Path(source).exists() or not is_id: return Path(source)
     try: from huggingface_hub import snapshot_download
     except ModuleNotFoundError: raise ImportError(f'{source} is no folder, and to fetch it from the hub huggingface_hub is needed; pip install huggingface_hub, or give a folder') from None
     try: return Path(snapshot_download(source, allow_patterns=list(files)))
     except Exception as e:   # of many kinds: no such id, no access, no network
-        raise OSError(f'{source} is no folder, and the hub did not give it ({type(e).__name__}: {str(e).strip().splitlines()[0]}); check the id and the network, or download it elsewhere and give the folder') from None
+        raise FileNotFoundError(f'{source} is no folder, and the hub did not give it ({type(e).__name__}: {str(e).strip().splitlines()[0]}); check the id and the network, or download it elsewhere and give the folder') from None
 
 # %% ../nbs/16_checkpoints.ipynb #push-to-hub
 def push_to_hub(
