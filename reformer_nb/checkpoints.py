@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['format_version', 'migrations', 'model_classes', 'named_tensors', 'fingerprint', 'encode_activation', 'encode_config',
            'decode_activation', 'decode_config', 'same_config', 'save_pretrained', 'read_weights', 'build_model',
-           'local_directory', 'push_to_hub', 'load_pretrained']
+           'load_pretrained']
 
 # %% ../nbs/16_checkpoints.ipynb #imports
-import hashlib, json, re
+import hashlib, json
 from pathlib import Path
-from tempfile import TemporaryDirectory
 import torch
 from .atomic import write_atomic
 from .encoder_decoder import ReformerEncDec
+from .hub import local_directory
 from .language_model import ReformerLM
 from .reformer import Reformer
 from .self_attention import LSHSelfAttention
@@ -163,38 +163,6 @@ def build_model(
     for k,o in own.items(): o.data = o.data.to(tensors[k].dtype)
     model.load_state_dict(tensors, strict=False)   # a shared tensor has one name only
     return model
-
-# %% ../nbs/16_checkpoints.ipynb #local-directory
-def local_directory(
-    source:str|Path, # a folder, or an id on the hub
-    files:tuple, # patterns of the files that are needed
-)->Path: # a folder, which need not be there
-    "The folder itself, or a copy of what the hub has"
-    is_id = isinstance(source, str) and re.fullmatch(r'\w[\w.-]*(/[\w.-]+)?', source)
-    if Path(source).exists() or not is_id: return Path(source)
-    try: from huggingface_hub import snapshot_download
-    except ModuleNotFoundError: raise ImportError(f'{source} is no folder, and to fetch it from the hub huggingface_hub is needed; pip install huggingface_hub, or give a folder') from None
-    try: return Path(snapshot_download(source, allow_patterns=list(files)))
-    except Exception as e:   # of many kinds: no such id, no access, no network
-        raise FileNotFoundError(f'{source} is no folder, and the hub did not give it ({type(e).__name__}: {str(e).strip().splitlines()[0]}); check the id and the network, or download it elsewhere and give the folder') from None
-
-# %% ../nbs/16_checkpoints.ipynb #push-to-hub
-def push_to_hub(
-    model:nn.Module, # of one of `model_classes`
-    repo_id:str, # user/name; made if it is not there
-    *,
-    private:bool|None=None, # whether a new one is private; None leaves it to the hub
-    token:str|None=None, # of access; None takes the one of `hf auth login`
-    commit_message:str='Upload model', # what the history says
-)->str: # address of the commit
-    "Save a model, and upload the folder"
-    try: from huggingface_hub import HfApi
-    except ModuleNotFoundError: raise ImportError('push_to_hub needs huggingface_hub; pip install huggingface_hub') from None
-    api = HfApi(token=token)
-    with TemporaryDirectory() as folder:
-        save_pretrained(model, folder)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))
 
 # %% ../nbs/16_checkpoints.ipynb #load-pretrained
 def load_pretrained(

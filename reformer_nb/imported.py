@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 import torch
 from .atomic import write_atomic
-from .checkpoints import local_directory
 from .huggingface import (check_config, check_writable, choose_task, load_tensors, on_grid, options_of, override, own_tensors, their_config)
+from .hub import local_directory
 from .language_model import ReformerLM
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file

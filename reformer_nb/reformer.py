@@ -146,8 +146,8 @@ class Pretrained:
         commit_message:str='Upload model', # what the history says
     )->str: # address of the commit
         "Upload weights and configuration to Hugging Face's hub"
-        from reformer_nb.checkpoints import push_to_hub
-        return push_to_hub(self, repo_id, private=private, token=token, commit_message=commit_message)
+        from reformer_nb.hub import upload_folder
+        return upload_folder(self.save_pretrained, repo_id, private=private, token=token, commit_message=commit_message)
 
 # %% ../nbs/10_reformer.ipynb #huggingface-weights
 class HuggingFaceWeights:
