@@ -326,6 +326,13 @@ def test_b7_automatic_buckets_and_a_short_prompt():
     with torch.no_grad(): assert torch.equal(ours(text[:,:-1])[:,-1].argmax(-1), new[:,-1])
     assert ours.config['n_buckets']=='power'   # a length that was seen first decides nothing
 
+@pytest.mark.parametrize('n', [16, 32, 48, 61, 64])
+def test_automatic_buckets_of_two_digits(n):
+    theirs,ours = kind(num_buckets=None, lsh_attn_chunk_length=4, axial_pos_shape=[8,8], max_position_embeddings=64)
+    tokens = draw(theirs.config, n)
+    with torch.no_grad(), hf.single_draws(): close(ours(tokens), hf.outputs(theirs, 'causal_lm', tokens))
+    assert theirs.config.num_buckets=={16: 8, 32: [4,4], 48: [4,4], 61: [4,8], 64: [4,8]}[n]
+
 @pytest.mark.parametrize('how', [local, dict(causal='strict')])
 def test_b8_more_heads_than_places_in_a_chunk_and_segments(how):
     small = dict(num_attention_heads=6, attention_head_size=4, lsh_attn_chunk_length=4, local_attn_chunk_length=4)
