@@ -134,7 +134,7 @@ def files_corpus(
     "Files, and all files below folders, as one corpus"
     found = {}
     for p in map(Path, paths):
-        if not os.path.exists(p): raise ValueError(f'{str(p)!r:.80} does not exist; give the path of a file or folder')
+        if not os.path.exists(p): raise ValueError(f'{str(p)!r:.300} does not exist; give the path of a file or folder')
         below = files_below(p) if p.is_dir() else [p]
         for f in below: found.setdefault(f.resolve(), f.relative_to(p).as_posix() if p.is_dir() else f.name)
     name = ', '.join(Path(p).resolve().name for p in paths)

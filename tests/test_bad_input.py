@@ -219,3 +219,4 @@ def test_tensors(options, tokens, kind, says):
 
 def test_lists():
     with pytest.raises(TypeError, match='tokens are of type list, not a tensor; pass'): new_model()([[1, 2]])
+    with pytest.raises(TypeError, match='tokens are of type list, not a tensor; pass'): new_model().loss([[1, 2]])

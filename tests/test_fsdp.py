@@ -8,7 +8,7 @@ from reformer_nb.language_model import ReformerLM
 from reformer_nb.reversible_sequence import ReversibleSequence
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason='torch has no gloo')
 world,rows,n,steps = 2,2,37,2
@@ -44,8 +44,8 @@ cases = {'root': (nobody, {}, False), 'layers': (branches, {}, False), 'stack': 
 def batch(step): return torch.randint(30, (world*rows, n+1), generator=torch.Generator().manual_seed(step))
 
 def train(model, mine=slice(None)):
-    "Some steps of Adam, which follow the gradients' signs"
-    optimizer = torch.optim.Adam(model.parameters(), lr=.01)
+    "Some steps of SGD, in which the size of each gradient counts"
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.)
     for step in range(steps):
         optimizer.zero_grad()
         tokens = batch(step)[mine]
@@ -72,6 +72,12 @@ def worker(rank, folder):
     for o in (*inner(model), model): fully_shard(o, mesh=mesh)
     try: train(model)
     except ValueError as e: found['refused'] = str(e)
+    model = fully_shard(new_model(), mesh=mesh)
+    try: model.loss(batch(0))
+    except ValueError as e: found['loss'] = str(e)
+    register_fsdp_forward_method(model, 'loss')
+    model.loss(batch(0)[rank*rows:(rank+1)*rows]).backward()
+    found['grads'] = {k: o.grad.full_tensor() for k,o in model.named_parameters()}
     torch.save(found, f'{folder}/{rank}.pt')
     dist.destroy_process_group()
 
@@ -93,3 +99,10 @@ def test_fsdp_matches_one_process(found, name):
 
 def test_wrapping_inside_of_a_branch_is_refused(found):
     for o in found: assert 'F of block 0' in o['refused'] and 'wrap' in o['refused']
+
+def test_a_loss_on_shares_is_refused_until_it_is_registered(found):
+    model = new_model()
+    model.loss(batch(0)).backward()
+    for rank in range(world):
+        assert 'register_fsdp_forward_method' in found[rank]['loss']
+        for k,o in model.named_parameters(): torch.testing.assert_close(found[rank]['grads'][k], o.grad, rtol=0, atol=1e-12)

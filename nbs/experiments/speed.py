@@ -213,8 +213,8 @@ def depth(quick, threads):
 
 def vocabulary(quick, threads):
     n = 1024 if quick else 4096
-    for v in (256, 4096) if quick else (256, 1024, 4096, 16384, 65536, 262144):
-        found = in_own_process(threads, 'model', n=n, vocabulary=v, depth=2, **small)
+    for allocator,v in itertools.product(allocators, (256, 4096) if quick else (256, 4096, 16384, 65536, 262144)):
+        found = in_own_process(threads, 'model', allocator, n=n, vocabulary=v, depth=2, **small)
         yield dict(n=n, vocabulary=v, **found, rest=round(found['allocated']-found['gradients'], 1), all_logits=round(4*n*v/2**20, 1))
 
 def example(quick, threads):
