@@ -24,9 +24,11 @@ def zero_padding(
 # %% ../nbs/03_attention.ipynb #unit-norm
 def unit_norm(
     x:Tensor, # (..., d)
+    eps:float=0., # added to the mean square of the entries
 )->Tensor: # (..., d) of length 1, zeros stay zeros
     "Vectors brought to length 1 in float32 or better; what is shorter than 1e-6 becomes 0 and gets no gradient"
     wide = upcast(x)
+    if eps: return (wide * (wide.square().sum(-1, keepdim=True) + eps*wide.shape[-1]).rsqrt()).to(x.dtype)
     length = wide.norm(dim=-1, keepdim=True)
     return (wide / length.masked_fill(length<1e-6, torch.inf)).to(x.dtype)
 
@@ -55,10 +57,11 @@ def multiset_weights(
     counts:Tensor, # (b, h, query_len, n), how often query i (row) meets key j (column); 0 hides it
     *,
     scale:float=1., # factor of the scores
+    key_eps:float=0., # added to the mean square of a key before it is brought to length 1
 )->Tensor: # (b, h, query_len, n) attention weights; a query that meets nothing has the weight 1 on itself
     "Softmax over a multiset of keys, in which key j occurs `counts[...,i,j]` times"
     query_len,n = counts.shape[-2:]
-    scores = upcast(einsum(qk[:,:,:query_len], unit_norm(qk), 'b h i d, b h j d -> b h i j')) * scale
+    scores = upcast(einsum(qk[:,:,:query_len], unit_norm(qk, key_eps), 'b h i d, b h j d -> b h i j')) * scale
     counts = counts.to(scores.dtype)
     scores = torch.where(counts>0, scores + counts.clamp(min=1).log(), mask_value(scores.dtype))
     alone = (counts==0).all(-1, keepdim=True)
@@ -107,6 +110,7 @@ def full_attention(
     causal:bool=False, # hide later positions
     mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
     scale:float=1., # factor of the scores
+    key_eps:float=0., # added to the mean square of a key before it is brought to length 1
     dropout:float=0., # share of the weights that are zeroed
     query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
     key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
@@ -118,7 +122,7 @@ def full_attention(
     qk = zero_padding(qk, mask)
     see = visible_pairs(qk.shape[2], causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask,
                         device=qk.device)
-    return weighted_values(multiset_weights(qk, see, scale=scale), v, mask, key_mask, dropout, return_weights)
+    return weighted_values(multiset_weights(qk, see, scale=scale, key_eps=key_eps), v, mask, key_mask, dropout, return_weights)
 
 # %% ../nbs/03_attention.ipynb #check-angles
 def check_angles(

@@ -36,16 +36,20 @@ class FeedForward(nn.Module):
         dropout:float=0., # share of the hidden entries that are zeroed in training
         activation:type|None=None, # class of the activation, called without arguments; None means nn.GELU
         glu:bool=False, # multiply by a linear gate of the same width
+        *,
+        hidden:int|None=None, # width of the hidden layer; None means dim*mult
     ):
         super().__init__()
         check_int('dim', dim)
         check_int('mult', mult)
         check_rate('dropout', dropout)
+        if hidden is not None: check_int('hidden', hidden)
+        hidden = hidden or dim*mult
         self.glu = glu
-        self.w1 = nn.Linear(dim, dim*mult*(2 if glu else 1))
+        self.w1 = nn.Linear(dim, hidden*(2 if glu else 1))
         self.act = new_activation(activation or nn.GELU)
         self.dropout = nn.Dropout(dropout)
-        self.w2 = nn.Linear(dim*mult, dim)
+        self.w2 = nn.Linear(hidden, dim)
 
     def forward(self,
         x:Tensor, # (..., e)

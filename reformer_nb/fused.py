@@ -59,9 +59,13 @@ def score_buffers(
 # %% ../nbs/05_fused.ipynb #unit-keys
 def unit_keys(
     qk:Tensor, # (h, n, d)
+    key_eps:float=0., # added to the mean square of a key
 )->tuple: # keys (h, n, d), and the factors (h, n, 1) that made them, float32 or better
     "`unit_norm`, with what its backward pass needs"
     wide = upcast(qk)
+    if key_eps:
+        factor = (wide.square().sum(-1, keepdim=True) + key_eps*wide.shape[-1]).rsqrt()
+        return wide*factor,factor
     length = wide.norm(dim=-1, keepdim=True)
     factor = 1/length.masked_fill(length<1e-6, math.inf)
     return wide*factor,factor
@@ -126,7 +130,7 @@ def forward_strip(
     generator:torch.Generator|None, # of the dropout
 )->tuple: # output (h, n, e) and log-sum-exp (h, n)
     "Output of some heads of a sequence"
-    k,_ = unit_keys(qk)
+    k,_ = unit_keys(qk, strip.rules.key_eps)
     xq,xk = query_table(upcast(qk)*(strip.rules.scale/math.log(2))),key_table(k, v, silent)
     _,gain = drop_limit(strip.rules.dropout)
     out,lse = merge_strip(strip, *attend_strip(strip, xq, xk, qk.shape[-1], v.shape[-1], generator), gain)

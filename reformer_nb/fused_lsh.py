@@ -83,7 +83,7 @@ def backward_strip(
     (_,gain),scale,keys_only = drop_limit(strip.rules.dropout),strip.rules.scale,strip.n-grad.shape[1]
     grad,delta = F.pad(grad, (0,0,0,keys_only)),F.pad((grad*out).sum(-1), (0,keys_only))
     if lse_grad is not None: delta = delta - lse_grad/math.log(2)
-    k,factor = unit_keys(qk)
+    k,factor = unit_keys(qk, strip.rules.key_eps)
     xq = query_table(upcast(qk)*(scale/math.log(2)), lse, grad*gain if generator else grad, delta)
     dq,dk,dv = strip_gradients(strip, xq, key_table(k, v, silent), qk.shape[-1], v.shape[-1], generator)
     dq,dk,dv = sum_rounds(strip, dq, keys=False),sum_rounds(strip, dk, keys=True),sum_rounds(strip, dv, keys=True)
@@ -198,6 +198,7 @@ def fused_lsh_attention(
     causal:bool|str=False, # hide later positions; 'strict': see the last m of the own bucket, as `strict_attention` does
     mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
     scale:float=1., # factor of the scores
+    key_eps:float=0., # added to the mean square of a key before it is brought to length 1
     dropout:float=0., # share of the weights that are zeroed
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
     attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
@@ -217,7 +218,7 @@ def fused_lsh_attention(
     if mask is not None: buckets = buckets.masked_fill(~rearrange(mask, 'b n -> b 1 1 n'), highest)
     buckets = pad_to_multiple(buckets, bucket_size, value=highest)
     if look_back=='rounds' and buckets.shape[2]==1: look_back = 'round'   # the round before is the only one
-    rules = Rules(bucket_size, causal, scale, dropout, look_back, attend_across_buckets, allow_duplicate_attention, query_len)
+    rules = Rules(bucket_size, causal, scale, dropout, look_back, attend_across_buckets, allow_duplicate_attention, query_len, key_eps)
     seed = int(torch.randint(2**62, ())) if dropout else 0
     sorted_pos = sort_by_bucket(buckets)[0].int()
     out,lse = FusedLSH.apply(qk, v, sorted_pos, None if attend_across_buckets else buckets, mask, key_mask, attn_mask, seed, rules)

@@ -45,6 +45,7 @@ def attend_short_rows(
     key_mask:Tensor|None=None, # (b, n) bool, False where nobody may look
     attn_mask:Tensor|None=None, # (b, query_len, n) bool, True where query i may see key j
     scale:float=1., # factor of the scores
+    key_eps:float=0., # added to the mean square of a key before it is brought to length 1
     dropout:float=0., # share of the weights that are zeroed
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
     "Full attention of rows that are mostly padding: among their real tokens only"
@@ -54,7 +55,7 @@ def attend_short_rows(
     near_qk,near_v = (o.take_along_dim(places, dim=2) for o in (qk, v))
     near_mask,near_keys = (None if o is None else o.gather(1, order) for o in (mask, key_mask))
     pairs = short_pairs(order, query_len, causal=causal, attn_mask=attn_mask)
-    out = full_attention(near_qk, near_v, mask=near_mask, key_mask=near_keys, attn_mask=pairs, scale=scale, dropout=dropout)
+    out = full_attention(near_qk, near_v, mask=near_mask, key_mask=near_keys, attn_mask=pairs, scale=scale, key_eps=key_eps, dropout=dropout)
     return out.new_zeros(v.shape).scatter(2, places.expand_as(out), out)[:,:,:query_len]
 
 # %% ../nbs/05b_head_attention.ipynb #attend-by-length
@@ -71,16 +72,18 @@ def attend_by_length(
     bucket_size:int=64, # chunk length of LSH attention
     causal:bool|str=False, # hide later positions; 'strict': see `lsh_attention`
     scale:float=1., # factor of the scores
+    key_eps:float=0., # added to the mean square of a key before it is brought to length 1
     dropout:float=0., # share of the weights that are zeroed
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
+    look_around:tuple=(1,0), # how many chunks before and after its own a query sees; other numbers make a circle of the chunks of all rounds
     attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
     backend:str='auto', # 'fused', 'triton', 'reference', or 'auto', which chooses
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
     "LSH attention of long rows, full attention of short ones"
-    common,masks = dict(query_len=query_len, causal=causal, scale=scale, dropout=dropout),dict(mask=mask, key_mask=key_mask, attn_mask=attn_mask)
+    common,masks = dict(query_len=query_len, causal=causal, scale=scale, key_eps=key_eps, dropout=dropout),dict(mask=mask, key_mask=key_mask, attn_mask=attn_mask)
     if buckets is None: return full_attention(qk, v, **masks, **common)
-    lsh = partial(lsh_attention, bucket_size=bucket_size, look_back=look_back, attend_across_buckets=attend_across_buckets,
+    lsh = partial(lsh_attention, bucket_size=bucket_size, look_back=look_back, look_around=look_around, attend_across_buckets=attend_across_buckets,
                   allow_duplicate_attention=allow_duplicate_attention, backend=backend, **common)
     if mask is None or not full_attn_thres: return lsh(qk, v, buckets, **masks)
     short = mask.sum(-1)<=full_attn_thres
@@ -106,16 +109,18 @@ def weights_by_length(
     attn_mask:Tensor|None=None, # (b, query_len, n) bool, True where query i may see key j
     causal:bool|str=False, # hide later positions; 'strict': see `lsh_attention`
     scale:float=1., # factor of the scores
+    key_eps:float=0., # added to the mean square of a key before it is brought to length 1
     bucket_size:int=64, # chunk length of LSH attention
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
+    look_around:tuple=(1,0), # how many chunks before and after its own a query sees; other numbers make a circle of the chunks of all rounds
     attend_across_buckets:bool|None=None, # False: only keys of the same bucket; None means True, unless strict
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
 )->Tensor: # (b, h, query_len, n); costs quadratic memory
     "The weights with which `attend_by_length` attends, without dropout"
-    common = dict(mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, causal=causal, scale=scale)
+    common = dict(mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, causal=causal, scale=scale, key_eps=key_eps)
     full = partial(full_attention, qk, qk, return_weights=True, **common)
     if buckets is None: return full()[1]
-    attn = lsh_weights(qk, buckets, bucket_size=bucket_size, look_back=look_back, attend_across_buckets=attend_across_buckets,
+    attn = lsh_weights(qk, buckets, bucket_size=bucket_size, look_back=look_back, look_around=look_around, attend_across_buckets=attend_across_buckets,
                        allow_duplicate_attention=allow_duplicate_attention, **common)
     if mask is None or not (short := mask.sum(-1)<=full_attn_thres).any(): return attn
     return torch.where(rearrange(short, 'b -> b 1 1 1'), full()[1], attn)

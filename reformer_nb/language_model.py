@@ -12,11 +12,11 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import Config, accept_names, as_mask, check_choice, check_int, real_positions
+from .core import Config, accept_names, as_mask, check_choice, check_int, check_rate, real_positions
 from .next_token import NextToken, as_tokens, check_tensor
 from .positions import AbsolutePositionalEmbedding, AxialPositionalEmbedding, FixedPositionalEmbedding, RotaryEmbedding
 from .self_attention import UpstreamWeights
-from .reformer import Pretrained, Reformer, old_arguments, old_names
+from .reformer import HuggingFaceWeights, Pretrained, Reformer, old_arguments, old_names
 from .state import TextState
 
 # %% ../nbs/11_language_model.ipynb #check-sides
@@ -68,6 +68,9 @@ def check_sizes(
     for k in ('emb_dim', 'dim_head'):
         if config[k] is not None: check_int(k, config[k])
     check_choice('weight_tie_embedding', config['weight_tie_embedding'], (False, True, 'plain'))
+    check_rate('emb_dropout', config['emb_dropout'])
+    if config['combine']=='concat' and config['weight_tie_embedding'] and config['emb_dim'] in (None, config['dim']):
+        raise ValueError(f"weight_tie_embedding={config['weight_tie_embedding']!r} needs vectors of the width of the embeddings, but combine='concat' makes them twice as wide; choose one, or pass emb_dim")
     if config['return_embeddings'] and config['weight_tie_embedding']:
         raise ValueError(f'weight_tie_embedding={config["weight_tie_embedding"]!r} ties the logits, return_embeddings=True leaves them out; choose one')
 
@@ -87,20 +90,21 @@ class TokenModel(nn.Module):
         layer = position_layer(config)
         self.pos_emb,self.rotary = (None,layer) if isinstance(layer, RotaryEmbedding) else (layer,None)
         self.reformer = Reformer(**config.arguments_of(Reformer))
-        self.norm,self.to_emb_dim,self.to_logits = nn.LayerNorm(dim),nn.Identity(),None
+        width,self.emb_dropout = self.reformer.out_dim,nn.Dropout(config['emb_dropout'])
+        self.norm,self.to_emb_dim,self.to_logits = nn.LayerNorm(width, eps=config['norm_eps']),nn.Identity(),None
         if config['return_embeddings']: return
-        if emb_dim!=dim: self.to_emb_dim = nn.Linear(dim, emb_dim)
-        if not config['weight_tie_embedding']: self.to_logits = nn.Linear(emb_dim, v)
+        if emb_dim!=dim: self.to_emb_dim,width = nn.Linear(width, emb_dim),emb_dim
+        if not config['weight_tie_embedding']: self.to_logits = nn.Linear(width, v)
 
     def add_positions(self,
         x:Tensor, # (b, n, e) embeddings
         positions:Tensor, # (n) or (b, n) int64
     )->tuple: # embeddings (b, n, e) to which positions may be added, and angles for rotary ones, or None
         "Tell the model where the tokens stand"
-        dtype = torch.promote_types(x.dtype, torch.float32)
+        dtype,x = torch.promote_types(x.dtype, torch.float32),self.emb_dropout(x)
         if self.rotary is not None: return x,self.rotary(positions, dtype)
-        if isinstance(self.pos_emb, FixedPositionalEmbedding): return x + self.pos_emb(positions, dtype).to(x.dtype),None
-        return x + self.pos_emb(positions).to(x.dtype),None
+        if isinstance(self.pos_emb, FixedPositionalEmbedding): return x + self.emb_dropout(self.pos_emb(positions, dtype).to(x.dtype)),None
+        return x + self.emb_dropout(self.pos_emb(positions).to(x.dtype)),None
 
     def embed(self,
         tokens:Tensor, # (b, n) integers
@@ -115,7 +119,8 @@ class TokenModel(nn.Module):
         check_tensor(tokens)
         real = None if input_mask is None else as_mask(input_mask, tokens.shape)
         tokens = as_tokens(tokens, self.config['num_tokens'], real)
-        positions = torch.arange(tokens.shape[1], device=tokens.device) if real is None else real_positions(real)
+        by_place = real is None or self.config['count_padding'] and state is None
+        positions = torch.arange(tokens.shape[1], device=tokens.device) if by_place else real_positions(real)
         if state is not None:
             state.check(tokens, (keys, context_mask))
             positions = state.count.to(tokens.device)[:,None] + positions
@@ -123,9 +128,9 @@ class TokenModel(nn.Module):
             raise ValueError(f'{n} tokens are more than max_seq_len={self.max_seq_len}; shorten the text, or build the model with a larger max_seq_len')
         x,angles = self.add_positions(self.token_emb(tokens), positions)
         args = dict(keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask, pos_emb=angles)
-        if state is None: return self.to_emb_dim(self.norm(self.reformer(self.to_model_dim(x), real, **args)))
+        if state is None: return self.to_emb_dim(self.emb_dropout(self.norm(self.reformer(self.to_model_dim(x), real, **args))))
         x,state = self.reformer(self.to_model_dim(x), real, **args, state=state)
-        return self.to_emb_dim(self.norm(x)),state
+        return self.to_emb_dim(self.emb_dropout(self.norm(x))),state
 
     def init_state(self,
         batch_size:int=1, # rows b
@@ -209,7 +214,7 @@ class Generative:
 old_lm_arguments = dict(**old_arguments, rotary_emb='positions are rotary unless another kind is chosen; leave it out')
 
 # %% ../nbs/11_language_model.ipynb #reformer-lm
-class ReformerLM(UpstreamWeights, TokenModel, NextToken, Generative, Pretrained):
+class ReformerLM(UpstreamWeights, TokenModel, NextToken, Generative, HuggingFaceWeights, Pretrained):
     "A language model: embeddings, positions, a Reformer, logits"
     @accept_names(renamed=old_names, removed=old_lm_arguments)
     def __init__(self,
@@ -260,10 +265,24 @@ class ReformerLM(UpstreamWeights, TokenModel, NextToken, Generative, Pretrained)
         drop_for_hash_rate:float=0., # share of the entries that hashing does not see in training
         local_pos_emb:bool=True, # local heads turn by rotary positions too
         local_memory:bool=True, # local heads see memory and context too
-        n_buckets:int|tuple|None=None, # a fixed number of buckets, or its factors; None derives it from the length of each row
+        n_buckets:int|tuple|str|None=None, # a fixed number of buckets, or its factors; None derives it from the length of each row, 'power' from that of the batch
+        split_above:int|None=None, # with n_buckets='power': more buckets are two digits; None means never
         look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
+        look_around:tuple=(1,0), # how many chunks before and after its own a query sees; other numbers make a circle of the chunks of all rounds
+        count_padding:bool=False, # padded places are hidden, but count, in lengths, windows and chunks, and inputs are padded to whole chunks
         backend:str='auto', # of LSH attention: 'fused', 'triton', 'reference', or 'auto', which chooses
         scale:float=1., # factor of the attention scores
+        key_eps:float=0., # added to the mean square of a key before it is brought to length 1
+        out_bias:bool=True, # whether attention's projection back has a bias
+        norm_eps:float=1e-5, # added to the variance in LayerNorms
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
-        rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'
+        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed, the same in all layers, drawn at once
+        attn_layers:tuple|None=None, # the attention of each block, 'lsh' or 'local'; None means 'lsh' everywhere
+        local_window:int|None=None, # places of a window in local layers; None means bucket_size
+        local_look_around:tuple=(1,0), # windows before and after that local layers see too
+        local_shared_qk:bool=False, # local layers have one projection for queries and keys
+        local_dropout:float=0., # share of the attention weights that are zeroed in training in local layers
+        ff_hidden:int|None=None, # width of the hidden layer; None means ff_mult*dim
+        combine:str='mean', # the output is the 'mean' of the two streams, or 'concat': both side by side, of width 2*dim
+        emb_dropout:float=0., # share of the entries of embeddings, positions and of the last vectors that are zeroed in training
     ): super().__init__(Config(locals()))

@@ -145,6 +145,9 @@ class NextToken:
         tokens = as_tokens(tokens, self.config['num_tokens'], real)
         if input_attn_mask is not None:
             input_attn_mask = as_mask(input_attn_mask, (*tokens.shape, tokens.shape[1]), 'input_attn_mask')
+        if self.config.get('count_padding') and state is None:
+            x = self.embed(tokens, real, keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask)[:,:-1]
+            return loss_in_blocks(x, *self.head(), tokens[:,1:], None if real is None else real[:,:-1] & real[:,1:])
         seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
         context = dict(keys=keys, context_mask=context_mask)
         if state is None: return loss_in_blocks(self.embed(seen, real, **context, input_attn_mask=allowed), *self.head(), targets, real)

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['last_chunk', 'offset_buckets', 'real_ids', 'take_pairs', 'visible_keys', 'attend_chunks', 'merge_rounds',
-           'count_equal', 'listed_keys', 'count_repeats', 'who_sees_whom']
+           'count_equal', 'listed_keys', 'count_repeats', 'add_neighbours', 'check_look_around', 'who_sees_whom']
 
 # %% ../nbs/03c_rounds.ipynb #imports
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor
-from .core import mask_value, upcast
+from .core import check_int, mask_value, upcast
 from .sorting import add_look_back, chunk, restore_order, unchunk
 
 # %% ../nbs/03c_rounds.ipynb #last-chunk
@@ -131,6 +131,35 @@ def count_repeats(
     counts = count_equal(listed_keys(k_pos, visible, undo_sort))
     return chunk(restore_order(rearrange(counts, 'b h n (r j) -> b h r n j', r=r), sorted_pos), m)
 
+# %% ../nbs/03c_rounds.ipynb #add-neighbours
+def add_neighbours(
+    x:Tensor, # (b, h, r, c, m, ...)
+    last:Tensor, # (b) index of each row's last chunk that holds a real token
+    look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
+    look_around:tuple=(1,0), # how many chunks before and after its own a query sees; other numbers make a circle of the chunks of all rounds
+)->Tensor: # (b, h, r, c, (1+before+after)*m, ...)
+    "Each chunk together with those that its queries see"
+    if tuple(look_around)==(1,0): return add_look_back(x, last, look_back)
+    circle,(before,after) = x.flatten(2, 3),look_around
+    return torch.cat([circle.roll(-o, dims=2) for o in range(-before, after+1)], dim=3).unflatten(2, x.shape[2:4])
+
+# %% ../nbs/03c_rounds.ipynb #check-around
+def check_look_around(
+    look_around:tuple, # how many chunks before and after its own a query sees
+    look_back:str, # what precedes the first chunk: 'none', 'round' or 'rounds'
+    backend:str, # 'auto', 'fused', 'triton' or 'reference'
+)->bool: # whether these are other neighbours than the one chunk before
+    "Refuse numbers of no sense, and what does not go with other neighbours"
+    if not isinstance(look_around, (tuple,list)) or len(look_around)!=2:
+        raise TypeError(f'look_around={look_around!r} must be two whole numbers; pass for example look_around=(1, 0), for one chunk before and none after')
+    for o in look_around: check_int('a number in look_around', o, least=0)
+    if tuple(look_around)==(1,0): return False
+    if look_back!='rounds':
+        raise ValueError(f"look_around={look_around} puts the chunks of all rounds in a circle, but look_back={look_back!r}; pass look_back='rounds', or leave look_around out")
+    if backend in ('fused','triton'):
+        raise ValueError(f"backend={backend!r} knows the one chunk before only, not look_around={look_around}; pass backend='reference' or 'auto'")
+    return True
+
 # %% ../nbs/03c_rounds.ipynb #who-sees-whom
 def who_sees_whom(
     buckets:Tensor, # (b, h, r, n) padding has the highest
@@ -142,12 +171,13 @@ def who_sees_whom(
     causal:bool=False, # hide later positions
     query_len:int|None=None, # positions from here on are keys for everybody; None means there are none
     look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
+    look_around:tuple=(1,0), # how many chunks before and after its own a query sees; other numbers make a circle of the chunks of all rounds
     attend_across_buckets:bool=True, # False: only keys of the same bucket
     attn_mask:Tensor|None=None, # (b, query_len, n) bool, True where query i may see key j
 )->tuple: # positions of the keys (b, h, r, c, 2m), and which are visible (b, h, r, c, m, 2m)
-    "The keys that each round puts before each query, and those of them that count"
+    "The keys that each round puts before each query, and those of them that count; 2m is (1+before+after)*m in general"
     q_pos,last = chunk(sorted_pos, m),last_chunk(real, m)
     q_id,own_id = (chunk(real_ids(buckets, o).gather(-1, sorted_pos), m) for o in (real, keys))
-    k_pos,k_id = (add_look_back(o, last, look_back) for o in (q_pos, own_id))
+    k_pos,k_id = (add_neighbours(o, last, look_back, look_around) for o in (q_pos, own_id))
     return k_pos,visible_keys(q_pos, k_pos, q_id, k_id, causal=causal, query_len=query_len,
                               attend_across_buckets=attend_across_buckets, attn_mask=attn_mask)

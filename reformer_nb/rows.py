@@ -66,10 +66,11 @@ def row_weights(
     rows:Tensor, # (i) positions of these queries
     *,
     scale:float=1., # factor of the scores
+    key_eps:float=0., # added to the mean square of a key before it is brought to length 1
     key_mask:Tensor|None=None, # (b, n) bool, False where nobody may look
 )->Tensor: # (b, h, i, n)
     "`multiset_weights` of some queries"
-    scores = upcast(einsum(qk[:,:,rows], unit_norm(qk), 'b h i d, b h j d -> b h i j')) * scale
+    scores = upcast(einsum(qk[:,:,rows], unit_norm(qk, key_eps), 'b h i d, b h j d -> b h i j')) * scale
     some = counts>0
     scores = torch.where(some, scores + torch.where(some, counts, 1).to(scores.dtype).log(), mask_value(scores.dtype))
     own = (rows[:,None]==torch.arange(qk.shape[2], device=rows.device)).to(scores.dtype)
@@ -97,7 +98,7 @@ class AttentionCall(NamedTuple):
         "How often some queries meet each key"
         see,o,mask = self.pairs(rows),self.options,self.masks['mask']
         if self.buckets is None: return see
-        if o['causal'] not in (True, False): return self.dense_counts(rows)
+        if o['causal'] not in (True, False) or tuple(o.get('look_around', (1,0)))!=(1,0): return self.dense_counts(rows)
         counts = see * row_counts(self.buckets, rows, mask=mask, **{k: o[k] for k in ('bucket_size', 'look_back', 'attend_across_buckets')})
         if not o['allow_duplicate_attention']: counts = counts.clamp(max=1)
         return counts if mask is None else torch.where(rearrange(mask.sum(-1)<=o['full_attn_thres'], 'b -> b 1 1 1'), see, counts)
@@ -114,7 +115,7 @@ class AttentionCall(NamedTuple):
         rows:Tensor, # (i) positions of queries
     )->Tensor: # (b, h, i, n) before dropout
         "The weights of some queries"
-        return row_weights(self.qk, self.counts(rows), rows, scale=self.options['scale'], key_mask=self.masks['key_mask'])
+        return row_weights(self.qk, self.counts(rows), rows, scale=self.options['scale'], key_eps=self.options.get('key_eps', 0.), key_mask=self.masks['key_mask'])
 
 # %% ../nbs/13b_rows.ipynb #top-weights-class
 class TopWeights(NamedTuple):

@@ -231,6 +231,7 @@ def begin_stack(
     state = TextState(batch_size)
     for i,block in enumerate(layers.blocks):
         for fn,remembered in zip(block, state.layers):
-            attention = next((o for o in fn.modules() if isinstance(o, LSHSelfAttention)), None)
-            if attention is not None: remembered[i] = begin_text(attention, batch_size, i)
+            for o in fn.modules():
+                if hasattr(o, 'begin_text'): remembered[i] = o.begin_text(batch_size, i)   # a local layer
+                elif isinstance(o, LSHSelfAttention): remembered[i] = begin_text(o, batch_size, i)
     return state

@@ -65,6 +65,7 @@ class Rules(NamedTuple):
     attend_across_buckets:bool # False: only keys of the same bucket
     allow_duplicate_attention:bool # False: a key met several times counts once
     query_len:int # how many positions ask; later ones are keys for everybody
+    key_eps:float=0. # added to the mean square of a key before it is brought to length 1
 
 # %% ../nbs/04b_strips.ipynb #strip
 class Strip:

@@ -50,6 +50,29 @@ def test_lsh_attention_equals_the_oracle(n, m, r, causal, look_back, across, dup
     results[1] += (lsh_attention_oracle(qk, v, buckets, return_weights=True, **options)[1],)
     for a,b in zip(*results): torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=0, atol=1e-12)
 
+around_grid = list(product((1, 16, 23, 48), (4, 8), (1, 2, 4), (False, True), ((0,0), (2,0), (0,1), (1,1), (1,2)), (True, False), (True, False), (None, .6),
+                           ('none', 'any'), (False, True), (0., 1e-3)))
+
+@pytest.mark.parametrize('n,m,r,causal,around,across,duplicates,asking,keys,matrix,eps', grids.sample(around_grid, 60))
+def test_other_neighbours_and_short_keys_equal_the_oracle(n, m, r, causal, around, across, duplicates, asking, keys, matrix, eps):
+    generator = torch.Generator().manual_seed(0)
+    qk,v,weights = (torch.randn(2, 3, n, 6, dtype=torch.double, generator=generator) for _ in range(3))
+    query_len,buckets = n if asking is None else max(1, int(asking*n)),BucketHasher(r, m).eval()(qk)
+    options = dict(bucket_size=m, causal=causal, look_back='rounds', attend_across_buckets=across, allow_duplicate_attention=duplicates, key_eps=eps,
+                   query_len=None if asking is None else query_len, key_mask=hidden(keys, 2, n, query_len), attn_mask=pairs(matrix, 2, n, query_len))
+    calls = [partial(lsh_attention, look_around=around), partial(lsh_attention_oracle, look_around=around)], [partial(lsh_attention, backend='fused'), lsh_attention_oracle]
+    for compared in calls[:1 if eps==0 else 2]:   # the second: short keys in the fused form
+        results = []
+        for f in compared:
+            x,y = qk.clone().requires_grad_(),v.clone().requires_grad_()
+            out = f(x, y, buckets, **options)
+            (out*weights[:,:,:query_len]).sum().backward()
+            results.append((out, x.grad, y.grad))
+        zero = torch.zeros_like(qk)
+        for a,b in zip(*results): torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=0, atol=1e-12)
+    weights = lsh_weights(qk, buckets, look_around=around, **options)
+    torch.testing.assert_close(weights, lsh_attention_oracle(qk, v, buckets, look_around=around, return_weights=True, **options)[1], rtol=0, atol=1e-12)
+
 module_grid = list(product((False, True), (True, False), (False, True), (True, False), (32, 20), (False, True), (False, True), (0., .3)))
 
 @pytest.mark.parametrize('causal,across,per_head,rehash,query_len,matrix,rotary,dropout', grids.sample(module_grid, 50))

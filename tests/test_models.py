@@ -48,12 +48,15 @@ changes = dict(dim=12, depth=3, heads=4, dim_head=6, bucket_size=8, n_hashes=2, 
     lsh_attend_across_buckets=False, lsh_allow_duplicate_attention=False, random_rotations_per_head=True, use_scale_norm=True, use_rezero=True,
     use_full_attn=True, full_attn_thres=n, reverse_thres=n, num_mem_kv=3, one_value_head=True, n_local_attn_heads=1, pkm_layers=2, pkm_num_keys=40,
     max_seq_len=36, twin_attention=True, cross_attention=True, context_dim=16, rehash_each_round=False, drop_for_hash_rate=.5,
-    local_pos_emb=False, local_memory=False, n_buckets=(2,4), look_back='round', scale=.35, hash_seed=1, rotations='fixed', backend='reference')
+    local_pos_emb=False, local_memory=False, n_buckets=(2,4), look_back='round', scale=.35, hash_seed=1, rotations='fixed', backend='reference', split_above=4, look_around=(1,1), count_padding=True, key_eps=.1, out_bias=False, norm_eps=.1,
+    attn_layers=('local','lsh'), local_window=3, local_look_around=(0,0), local_shared_qk=True, local_dropout=.2, ff_hidden=20, combine='concat')
 lm_changes = dict(num_tokens=70, emb_dim=10, return_embeddings=True, weight_tie_embedding=True, fixed_position_emb=True, absolute_position_emb=True,
-    axial_position_emb=True, axial_position_shape=(4,10), axial_position_dims=(8,16))
+    axial_position_emb=True, axial_position_shape=(4,10), axial_position_dims=(8,16), emb_dropout=.2)
 axial,local = dict(axial_position_emb=True),dict(n_local_attn_heads=1, num_mem_kv=3)
 beside = dict(pkm_num_keys=dict(pkm_layers=2), context_dim=dict(cross_attention=True), local_pos_emb=local, local_memory=local,
-              axial_position_shape=axial, axial_position_dims=axial, attn_chunks=dict(use_full_attn=True))
+              axial_position_shape=axial, axial_position_dims=axial, attn_chunks=dict(use_full_attn=True),
+              split_above=dict(n_buckets='power'), count_padding=dict(look_back='rounds'), look_around=dict(look_back='rounds', count_padding=True), **{f'local_{o}': dict(attn_layers=('local','local'))
+                                                                                                             for o in ('window','look_around','shared_qk','dropout')})
 same_numbers = 'ff_chunks', 'attn_chunks', 'reverse_thres', 'backend'   # they change memory and time only
 
 def shapes(model): return {k: tuple(o.shape) for k,o in model.named_parameters()}
