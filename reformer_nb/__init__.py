@@ -4,6 +4,7 @@ from .diagnostics import check_padding as check_padding
 from .encoder_decoder import ReformerEncDec as ReformerEncDec
 from .feed_forward import Chunk as Chunk, FeedForward as FeedForward
 from .language_model import ReformerLM as ReformerLM
+from .local_layer import LocalSelfAttention as LocalSelfAttention
 from .lsh import LSHAttention as LSHAttention, lsh_attention as lsh_attention
 from .attention import FullQKAttention as FullQKAttention
 from .planner import plan as plan
@@ -13,7 +14,7 @@ from .reformer import Autopadder as Autopadder, Reformer as Reformer
 from .reversible_sequence import ReversibleSequence as ReversibleSequence
 from .self_attention import LSHSelfAttention as LSHSelfAttention
 from .tasks import MaskedLM as MaskedLM, SequenceClassifier as SequenceClassifier
-from .tasks import SeriesRegressor as SeriesRegressor, TokenTagger as TokenTagger
+from .tasks import SeriesRegressor as SeriesRegressor, SpanFinder as SpanFinder, TokenTagger as TokenTagger
 from .training_wrapper import TrainingWrapper as TrainingWrapper
 
 def __getattr__(name):

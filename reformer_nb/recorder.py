@@ -99,7 +99,7 @@ def new_entry(
         else: attn = weights_by_length(call.qk, call.buckets, query_len=call.query_len, **call.masks, **call.options).float().cpu()
     real = torch.ones(b, n, dtype=torch.bool) if call.masks['mask'] is None else call.masks['mask']
     ids = torch.zeros(b, len(heads), 0, dtype=torch.int64)
-    if call.buckets is not None: ids = offset_buckets(call.buckets, layer.hasher.n_ids(n) + (call.masks['mask'] is not None)).flatten(2).cpu()
+    if call.buckets is not None: ids = offset_buckets(call.buckets, layer.hasher.n_ids(n) + (call.masks['mask'] is not None or layer.count_padding)).flatten(2).cpu()
     return dict(attn=attn, buckets=ids, kind='full' if call.buckets is None else 'lsh', heads=heads,
                 columns=label_columns(layer, call.query_len, n), bucket_size=call.options['bucket_size'], real=real.cpu())
 

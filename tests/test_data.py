@@ -99,7 +99,8 @@ def test_no_server(tmp_path):
 @pytest.mark.skipif(os.name!='posix', reason='SIGINT')
 def test_interrupted_by_hand(tmp_path):
     "Ctrl-C in the middle keeps what has arrived"
-    code = ('import sys; from pathlib import Path; from reformer_nb.data import download;'
+    code = ('import signal, sys; from pathlib import Path; from reformer_nb.data import download;'
+            'signal.signal(signal.SIGINT, signal.default_int_handler);'   # which a process in the background lacks
             'download(sys.argv[1], Path(sys.argv[2]))')
     with serving() as server:
         write = Handler.do_GET

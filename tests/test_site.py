@@ -1,5 +1,5 @@
 "The committed site works from disk, without a network"
-import html, json, re, shutil, subprocess
+import contextlib, html, json, os, re, shutil, signal, subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -57,8 +57,10 @@ addEventListener('unhandledrejection', e => errors.push(String(e.reason)))
 console.error = (...a) => errors.push(a.join(' '))
 addEventListener('load', async () => {
   await window.MathJax?.startup?.promise
+  await document.fonts.ready
   document.documentElement.setAttribute('seen', JSON.stringify({errors,
     math: document.querySelectorAll('mjx-container mjx-c').length,
+    fonts: [...document.fonts].filter(o => o.status == 'error').map(o => o.family),
     failed: document.querySelectorAll('mjx-merror').length,
     plots: [...document.images].filter(o => o.naturalWidth > 99).length,
     broken: [...document.images].filter(o => !o.naturalWidth).map(o => o.src)}))
@@ -73,13 +75,27 @@ def site(tmp_path_factory):
         p.write_text(p.read_text(encoding='utf-8').replace('<head>', '<head>'+probe, 1), encoding='utf-8')
     return to
 
+def print_of(cmd, path, tries=2):
+    "What a browser prints, by way of a file: a helper of a browser that hangs would keep a pipe open for ever"
+    with path.open('w') as f: process = subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.DEVNULL, start_new_session=True)
+    try: code = process.wait(60)
+    except subprocess.TimeoutExpired:
+        if tries==1: raise
+        code = None
+    finally:
+        with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)   # and its helpers
+        process.wait()
+    if code is None: return print_of(cmd, path, tries-1)
+    assert code==0, f'{cmd[0]} ended with {code}'
+    return path.read_text(encoding='utf-8')
+
 def visit(site, page, query=''):
     "The document that Chromium makes of `page` from disk, and its report"
     cmd = [chromium, '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
            '--disable-sync', '--disable-background-networking', '--disable-component-update', '--disable-quic',
            '--host-resolver-rules=MAP * ~NOTFOUND', f'--user-data-dir={site.parent}/{Path(page).stem}',
            '--virtual-time-budget=20000', '--dump-dom', (site/page).as_uri()+query]
-    dom = subprocess.run(cmd, capture_output=True, text=True, timeout=120, check=True).stdout
+    dom = print_of(cmd, site.parent/f'{Path(page).stem}.dom')
     return dom, json.loads(html.unescape(re.search(r'<html[^>]* seen="([^"]*)"', dom)[1]))
 
 def shows(page): return page.read_text(encoding='utf-8') if page.exists() else ''
@@ -91,7 +107,7 @@ course = [p.relative_to(docs).as_posix() for p in pages if 'class="cell ' in sho
 def test_page_in_browser(site, page):
     text = shows(docs/page)
     dom,seen = visit(site, page)
-    assert not seen['errors'] and not seen['broken'] and not seen['failed']
+    assert not seen['errors'] and not seen['broken'] and not seen['failed'] and not seen['fonts']
     if 'class="math' in text: assert seen['math'], 'no formula is drawn'
     assert seen['plots'] >= text.count('<img alt="_images')
     for o in course: assert page==o or Path(o).name in dom, f'{o} is not in the sidebar'

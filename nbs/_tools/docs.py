@@ -25,7 +25,7 @@ def changed():
 
 def mathjax(dest):
     "Copy the one file of MathJax that the pages load, and its fonts, out of the package which brings them"
-    unused = ('Fraktur', 'SansSerif', 'Script')   # alphabets of no formula here
+    unused = ('Fraktur', 'SansSerif', 'Script', 'Typewriter', 'Calligraphic-Bold', 'Main-Italic', 'Math-Bold', 'Math-Regular')   # alphabets of no formula here
     found = [p for p in files('sphinx-mathjax-offline') if p.name=='tex-chtml.js' or 'woff-v2' in p.parts and not any(o in p.name for o in unused)]
     note = b'/* MathJax, Apache License 2.0, https://www.mathjax.org */\n'
     for p in found:
@@ -40,13 +40,18 @@ def source_page(html):
     return (f'{head[0]}<body><script>{theme}</script><main style="max-width:64rem;margin:2rem auto;padding:0 1rem">'
             f'<a href="{root[1]}index.html">{cfg.title}</a>{code[0]}</main></body></html>\n')
 
+# light or dark, as the system has it: a disc half filled
+half = '<symbol id="svg-half" viewBox="0 0 24 24"><circle cx="12" cy="12" r="8" fill="none" stroke="currentColor"/><path d="M12 4a8 8 0 0 1 0 16z" fill="currentColor"/></symbol>'
+
 def lean(html, source=False):
     "A page without what differs between machines or nobody sees: versions of tools, marks around all but keywords, strings and comments in code, names that pop up over links to them, pictures of no button, indentation; of `source` pages only the code is left"
     html = re.sub(r'<!-- Generated with .*? -->', '', html)
     html = re.sub(r'(<a class="[^"]*" href="[^"]*") title="[^"]*"', r'\1', html)
-    html = html.replace(' notranslate"', '"').replace('class="docutils literal', 'class="literal')
+    for o in (' nohighlight"', ' notranslate"', ' internal"'): html = html.replace(o, '"')   # of no style
+    html = html.replace('class="docutils literal', 'class="literal')
     html = re.sub(r'(class="[^"]*) docutils (container|literal)', r'\1 \2', html)
     html = re.sub(r'<span class="(?:default_value|sig-paren|sig-return|sig-return-icon|sig-return-typehint)">', '<span>', html)
+    html = re.sub(r'#svg-(?:sun-with-moon|moon-with-sun)"', '#svg-half"', html).replace('<symbol id="svg-sun"', half+'<symbol id="svg-sun"')
     used = set(re.findall(r'href="#(svg-[\w-]+)"', html))   # pictures of buttons
     html = re.sub(r'<symbol id="([\w-]+)".*?</symbol>', lambda m: m[0] if m[1] in used else '', html, flags=re.S)
     marks = r'[a-z]{1,3}\d?' if source else 'n|nn|nc|nd|nf|nb|ne|o|ow|p|w|mi|mf|kc|bp|si|se|sa|fm|vm|pre'
