@@ -213,12 +213,13 @@ def complete(
     res = {k: o.default for k,o in inspect.signature(ReformerLM).parameters.items()}
     return {k: tuple(o) if isinstance(o, list) else o for k,o in {**res, **options}.items() if k in res}
 
+# %% ../nbs/16d_huggingface.ipynb #check-writable
 def check_writable(
     options:dict, # all arguments of a `ReformerLM`
     config:dict, # of Hugging Face, made of them
 )->None:
     "Refuse a model whose options Hugging Face does not have"
-    same = ('ff_chunks','attn_chunks','reverse_thres','backend','return_embeddings','ff_mult','split_above','max_seq_len')   # numbers do not depend on them
+    same = ('ff_chunks','attn_chunks','reverse_thres','backend','return_embeddings','ff_mult','split_above','max_seq_len')
     try: back = complete(override(options_of(config), {}))
     except (TypeError, ValueError, IndexError): back = {}
     plain = dict(options, ff_activation=options['ff_activation'] or nn.GELU, dim_head=options['dim_head'] or options['dim']//options['heads'],
