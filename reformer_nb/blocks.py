@@ -16,6 +16,7 @@ from .core import Config, check_choice, check_int, check_rate
 from .cross_attention import CrossAttention, DecoderAttention
 from .feed_forward import Chunk, FeedForward, PreNorm, ReZero, ScaleNorm
 from .hasher import hash_factors
+from .head_attention import full_attn_limit
 from .local_layer import LocalSelfAttention
 from .product_keys import ProductKeyMemory
 from .self_attention import LSHSelfAttention
@@ -27,7 +28,7 @@ def strict_options(
     "What must not depend on the text at hand"
     c,n = config,config.get('max_seq_len')
     if c.get('causal')!='strict': return {}
-    thres = c['bucket_size'] if c['full_attn_thres'] is None else c['full_attn_thres']
+    thres = full_attn_limit(c['full_attn_thres'], c['bucket_size'])
     if n is None and (thres or c['n_buckets'] in (None, 'power') and not c['use_full_attn']):
         raise ValueError("causal='strict' decides by the longest input how many buckets there are, and whether full_attn_thres is exceeded; "
                          'pass max_seq_len, or n_buckets and full_attn_thres=0')

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 import torch
 from .core import check_int
+from .head_attention import full_attn_limit
 from .language_model import ReformerLM
 
 # %% ../nbs/15b_planner.ipynb #count-weights
@@ -101,8 +102,7 @@ def attends_fully(
     seq_len:int, # tokens in a row
 )->bool:
     "Whether attention is quadratic at this length"
-    thres = config.get('full_attn_thres', 0)
-    return bool(config.get('use_full_attn')) or seq_len<=(config.get('bucket_size', 64) if thres is None else thres)
+    return bool(config.get('use_full_attn')) or seq_len<=full_attn_limit(config.get('full_attn_thres', 0), config.get('bucket_size', 64))
 
 def probe_sizes(
     config:Mapping, # arguments of a ReformerLM

@@ -205,7 +205,7 @@ class Reformer(UpstreamWeights, TwoStreams, Pretrained):
         use_scale_norm:bool=False, # ScaleNorm in place of LayerNorm
         use_rezero:bool=False, # no norm; each layer is scaled by a number that starts at zero
         use_full_attn:bool=False, # full attention at every length
-        full_attn_thres:int|None=0, # full attention for rows of up to this many tokens, memory and context included; None means bucket_size
+        full_attn_thres:int|str|None=0, # full attention for rows of up to this many tokens, memory and context included; None means bucket_size, 'auto' what is faster
         reverse_thres:int=0, # sequences of up to this length are run without reversibility
         num_mem_kv:int=0, # learned tokens that attention sees besides the sequence
         one_value_head:bool=False, # all heads share their values

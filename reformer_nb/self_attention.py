@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .attention import rotate_queries, zero_padding
 from .core import Config, accept_names, check_choice, check_int, check_rate
 from .hasher import BucketHasher
-from .head_attention import attend_by_length, in_pieces, local_attention, weights_by_length
+from .head_attention import attend_by_length, full_attn_limit, in_pieces, local_attention, weights_by_length
 from .lsh import backends, check_kernel_keys, check_strict, check_strict_keys, choose_fused, keys_across
 from .rounds import check_look_around, offset_buckets
 from .shared_qk import SharedQKHeads, check_width, hide_keys, join_masks, join_sequence
@@ -26,8 +26,8 @@ def check_attention(
     c = config
     for name in ('dropout', 'post_attn_dropout'): check_rate(name, c[name])
     for name in ('num_mem_kv', 'n_local_attn_heads'): check_int(name, c[name], least=0)
-    for name,least in dict(full_attn_thres=0, attn_chunks=1).items():
-        if c[name] is not None: check_int(name, c[name], least=least)
+    if c['attn_chunks'] is not None: check_int('attn_chunks', c['attn_chunks'])
+    if c['full_attn_thres'] not in (None, 'auto'): check_int('full_attn_thres', c['full_attn_thres'], least=0)
     check_choice('backend', c['backend'], backends)
     check_around(c)
     if c['n_local_attn_heads']>=c['heads']:
@@ -66,7 +66,7 @@ def attention_options(
     "What all calls of a layer have in common; refuses what strict causality excludes"
     c,strict = config,config['causal']=='strict'
     across = keys_across if c['use_full_attn'] else partial(check_strict, n_buckets=c['n_buckets'])
-    thres = 0 if strict else c['bucket_size'] if c['full_attn_thres'] is None else c['full_attn_thres']
+    thres = 0 if strict else full_attn_limit(c['full_attn_thres'], c['bucket_size'])
     return dict({k: c[k] for k in ('bucket_size', 'causal', 'scale', 'key_eps', 'look_back', 'look_around', 'allow_duplicate_attention')}, full_attn_thres=thres,
                 attend_across_buckets=across(c['causal'], c['look_back'], c['attend_across_buckets']))
 
@@ -239,7 +239,7 @@ class LSHSelfAttention(UpstreamWeights, StatefulSelfAttention):
         num_mem_kv:int=0, # learned vectors that every token may attend to
         one_value_head:bool=False, # all heads share one projection of values
         use_full_attn:bool=False, # full attention at every length
-        full_attn_thres:int|None=None, # full attention for rows of up to this many keys (tokens, memory and context); None means bucket_size
+        full_attn_thres:int|str|None=None, # full attention for rows of up to this many keys (tokens, memory and context); None means bucket_size, 'auto' what is faster
         return_attn:bool=False, # give the weights to `callback` too; costs quadratic memory
         post_attn_dropout:float=0., # share of the output that is zeroed in training
         dropout:float=0., # share of the attention weights that are zeroed in training

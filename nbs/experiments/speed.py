@@ -3,6 +3,7 @@
     layer       seconds of one attention layer against length, all contestants in turns in one process
     core        seconds of the fused attention alone, beside the rate of a large matrix product
     rounds      seconds and peak memory of one layer against the number of hash rounds
+    crossing    seconds of one layer of ours, hashed and with full attention, at short lengths
     memory      peak memory of one layer against length
     depth       peak memory of a training step against depth
     vocabulary  peak memory of a training step against the vocabulary
@@ -56,12 +57,19 @@ class FullAttention(nn.Module):
 
 contestants = {'reformer_nb': ours, 'reformer_pytorch': reformer_pytorch, 'transformers': HuggingFace, 'full attention': FullAttention}
 
+def in_full(n, rounds):
+    "Our layer, which attends fully"
+    from reformer_nb import LSHSelfAttention
+    return LSHSelfAttention(width, heads, bucket_size, causal=True, use_full_attn=True)
+
+layers = contestants | dict(in_full=in_full)
+
 # ---- steps: tensors that get gradients, and a function that returns where a backward pass starts, and its gradient ----
 
 def layer_step(who, n, rounds=4):
     "One attention layer"
     torch.manual_seed(0)
-    model,x,grad = contestants[who](n, rounds),torch.randn(1, n, width, requires_grad=True),torch.randn(1, n, width)
+    model,x,grad = layers[who](n, rounds),torch.randn(1, n, width, requires_grad=True),torch.randn(1, n, width)
     return [*model.parameters(), x],lambda: (model(x), grad)
 
 def core_step(n, rounds=4):
@@ -194,6 +202,12 @@ def rounds(quick, threads):
     for (w,r),times in found.items():
         yield dict(who=w, n=n, rounds=r, **times, peak_mb=in_own_process(threads, 'layer', who=w, n=n, rounds=r)['peak'])
 
+def crossing(quick, threads):
+    for n in [2**i for i in range(8, 11 if quick else 13)]:
+        ready = {o: layer_step(o, n)[1] for o in ('reformer_nb', 'in_full')}
+        found = in_turns(ready, 3 if quick else 15, 10 if quick else 60)
+        yield dict(n=n, hashed=found['reformer_nb']['both'], full=found['in_full']['both'])
+
 def memory(quick, threads):
     for n in (1024, 4096) if quick else [2**i for i in range(10, 17)]:
         for who in contestants:
@@ -228,7 +242,7 @@ def million(quick, threads):
     for n in (2**14,) if quick else (2**18, 2**20):
         yield dict(n=n, **in_own_process(threads, 'model', count=False, n=n, **options))
 
-parts = dict(layer=layer, core=core, rounds=rounds, memory=memory, depth=depth, vocabulary=vocabulary, example=example, million=million)
+parts = dict(layer=layer, core=core, rounds=rounds, crossing=crossing, memory=memory, depth=depth, vocabulary=vocabulary, example=example, million=million)
 
 def write(name, rows, folder):
     "Rows of a part to a new file, each as soon as it is there"
