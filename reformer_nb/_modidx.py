@@ -410,6 +410,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'reformer_nb.hub.upload_folder': ('hub.html#upload_folder', 'reformer_nb/hub.py')},
             'reformer_nb.huggingface': { 'reformer_nb.huggingface.bucket_options': ( 'huggingface.html#bucket_options',
                                                                                      'reformer_nb/huggingface.py'),
+                                         'reformer_nb.huggingface.check_activation': ( 'huggingface.html#check_activation',
+                                                                                       'reformer_nb/huggingface.py'),
                                          'reformer_nb.huggingface.check_config': ( 'huggingface.html#check_config',
                                                                                    'reformer_nb/huggingface.py'),
                                          'reformer_nb.huggingface.check_fit': ('huggingface.html#check_fit', 'reformer_nb/huggingface.py'),

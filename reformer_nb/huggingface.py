@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['architectures', 'defaults', 'activations', 'renamed', 'projections', 'heads', 'task_heads', 'choose_task',
-           'check_config', 'bucket_options', 'position_options', 'layer_options', 'options_of', 'override',
-           'their_name', 'their_tensors', 'some_of', 'check_fit', 'own_tensors', 'load_tensors', 'their_config',
-           'complete', 'check_writable', 'on_grid']
+           'check_config', 'check_activation', 'bucket_options', 'position_options', 'layer_options', 'options_of',
+           'override', 'their_name', 'their_tensors', 'some_of', 'check_fit', 'own_tensors', 'load_tensors',
+           'their_config', 'complete', 'check_writable', 'on_grid']
 
 # %% ../nbs/16d_huggingface.ipynb #imports
 import inspect, math, re
@@ -48,8 +48,14 @@ def check_config(
     if kind!='reformer': raise ValueError(f'the configuration is of a {kind!r}, not of a \'reformer\'; give the directory of a Reformer')
     kinds = config.get('attn_layers', defaults['attn_layers'])
     if wrong := sorted(set(kinds)-{'local','lsh'}): raise ValueError(f'attn_layers holds {wrong}, known are \'local\' and \'lsh\'; the file is damaged, or of another library')
-    act = config.get('hidden_act', 'relu')
-    if act not in activations: raise ValueError(f'hidden_act={act!r} is not known, but {", ".join(activations)} are; pass ff_activation=..., a class that computes it')
+
+def check_activation(
+    config:dict, # of Hugging Face
+    options:dict, # of the model, with what the user has given
+)->None:
+    "Refuse an activation that has no class here, unless the user gives one"
+    if options['ff_activation'] is None:
+        raise ValueError(f'hidden_act={config["hidden_act"]!r} is not known, but {", ".join(activations)} are; pass ff_activation=..., a class that computes it')
 
 # %% ../nbs/16d_huggingface.ipynb #bucket-options
 def bucket_options(
@@ -219,7 +225,7 @@ def check_writable(
     config:dict, # of Hugging Face, made of them
 )->None:
     "Refuse a model whose options Hugging Face does not have"
-    same = ('ff_chunks','attn_chunks','reverse_thres','backend','return_embeddings','ff_mult','split_above','max_seq_len')
+    same = ('ff_chunks','attn_chunks','reverse_thres','backend','return_embeddings','ff_mult','max_seq_len')
     try: back = complete(override(options_of(config), {}))
     except (TypeError, ValueError, IndexError): back = {}
     plain = dict(options, ff_activation=options['ff_activation'] or nn.GELU, dim_head=options['dim_head'] or options['dim']//options['heads'],

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 import torch
 from .atomic import write_atomic
-from .huggingface import (check_config, check_writable, choose_task, load_tensors, on_grid, options_of, override, own_tensors, their_config)
+from .huggingface import (check_activation, check_config, check_writable, choose_task, load_tensors, on_grid, options_of, override, own_tensors, their_config)
 from .hub import local_directory
 from .language_model import ReformerLM
 from safetensors import SafetensorError
@@ -25,6 +25,7 @@ def read_file(
     "The tensors in a file; refuses one that is damaged"
     if not path.is_file(): raise FileNotFoundError(f'{path} is missing; download the whole directory again')
     try: return load_file(path) if path.suffix=='.safetensors' else torch.load(path, map_location='cpu', weights_only=True)
+    except PermissionError: raise
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as e:
         raise ValueError(f'{path} is damaged ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else "ends too early"}); download it again') from None
     except Exception as e:   # what the unpickler refuses
@@ -51,7 +52,9 @@ def read_directory(
     if found is None: raise FileNotFoundError(f'{directory} holds none of {", ".join(weight_files)}; download the weights too')
     if found.suffix!='.json': return config,read_file(found)
     state = {}
-    for name in sorted(set(read_json(found)['weight_map'].values())): state.update(read_file(directory/name))
+    names = read_json(found).get('weight_map')
+    if not names: raise ValueError(f'{found} names no files (weight_map); download it again')
+    for name in sorted(set(names.values())): state.update(read_file(directory/name))
     return config,state
 
 # %% ../nbs/16e_imported.ipynb #source-code
@@ -76,7 +79,7 @@ def new_model(
     if task=='causal_lm': return ReformerLM(**options)
     if task=='base': return ReformerLM(**options, return_embeddings=True)
     from reformer_nb.tasks import MaskedLM, SequenceClassifier, SpanFinder   # of a later notebook
-    if task=='masked_lm': return MaskedLM(**{'mask_token': config.get('pad_token_id') or 0, **{k: o for k,o in options.items() if k!='causal'}})
+    if task=='masked_lm': return MaskedLM(**{'mask_token': config.get('pad_token_id') or 0, **{k: o for k,o in options.items() if k!='causal' or o}})
     if task=='question_answering': return SpanFinder(**options)
     if config.get('problem_type') not in (None, 'single_label_classification'):
         raise ValueError(f"problem_type={config['problem_type']!r} is not there, but classification with one label is; load task='base', and put a head on it")
@@ -95,7 +98,9 @@ def from_huggingface(
     "A model with the weights of a Reformer of Hugging Face, that computes what they were trained for"
     config,state = read_source(source)
     task = choose_task(task, config)
-    with torch.random.fork_rng(devices=[]): model = new_model(task, config, override(options_of(config), options or {}))
+    options = override(options_of(config), options or {})
+    check_activation(config, options)
+    with torch.random.fork_rng(devices=[]): model = new_model(task, config, options)
     load_tensors(model, state, task, new_head)
     return model.eval()
 
@@ -122,6 +127,7 @@ def to_huggingface(
     if task=='sequence_classification':
         if model.config['head']!='first': raise ValueError(f"head={model.config['head']!r} is not there at Hugging Face, whose classifier reads the first token; build it with head='first'")
         config.update(id2label={str(i): f'LABEL_{i}' for i in range(model.count)}, label2id={f'LABEL_{i}': i for i in range(model.count)}, classifier_dropout=model.config['head_dropout'])
+    if task=='masked_lm': config['pad_token_id'] = model.config['mask_token']
     prefix = '' if task=='base' else 'reformer.'
     tensors = {k if k.startswith(('lm_head.','classifier.','qa_outputs.')) else prefix+k: on_grid(k, o, len(options['axial_position_shape'] or ())).detach().cpu().contiguous() for k,o in own_tensors(model, task).items()}
     config['torch_dtype'] = str(next(iter(tensors.values())).dtype).removeprefix('torch.')

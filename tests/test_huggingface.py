@@ -204,6 +204,22 @@ def test_a_configuration_that_does_not_fit_is_refused(saved, changes, says):
     change(saved, **changes)
     with pytest.raises(ValueError, match=says): ReformerLM.from_huggingface(saved)
 
+def test_remedies_help(saved):
+    "What an error advises is then accepted"
+    change(saved, hidden_act='quick')
+    model = ReformerLM.from_huggingface(saved, ff_activation=torch.nn.GELU)
+    assert model.config['ff_activation'] is torch.nn.GELU
+
+def test_the_token_of_a_mask_comes_back(tmp_path):
+    theirs,_ = pair(2)
+    change_to = dict(is_decoder=False, pad_token_id=7, architectures=['ReformerForMaskedLM'])
+    theirs.save_pretrained(tmp_path/'a')
+    change(tmp_path/'a', **change_to)
+    model = ReformerLM.from_huggingface(tmp_path/'a', 'masked_lm')
+    model.to_huggingface(tmp_path/'b')
+    assert model.config['mask_token']==7==ReformerLM.from_huggingface(tmp_path/'b').config['mask_token']
+    with pytest.raises((TypeError, ValueError), match='causal'): ReformerLM.from_huggingface(tmp_path/'a', 'masked_lm', causal=True)
+
 def test_missing_and_damaged_files_are_refused(saved):
     file = saved/'model.safetensors'
     whole = file.read_bytes()

@@ -24,7 +24,7 @@ def test_weights_are_counted(options):
     assert kept_bytes(config)==4*kept_bytes(config, training=False)
 
 def test_limits_are_as_much_smaller_as_matrices():
-    full = dict(small, use_full_attn=True)
+    full = dict(small, use_full_attn=True, backend='reference')
     for n,b in ((9000, 1), (3072, 2), (512, 4)):
         sizes = probe_sizes(full, n, b, most=1024)
         for (_,m,c),limit in zip(sizes, probe_limits(full, sizes, n, b)):
