@@ -26,7 +26,7 @@ def unit_norm(
     x:Tensor, # (..., d)
     eps:float=0., # added to the mean square of the entries
 )->Tensor: # (..., d) of length 1, zeros stay zeros
-    "Vectors brought to length 1 in float32 or better; what is shorter than 1e-6 becomes 0 and gets no gradient"
+    "Vectors brought to length 1 in float32 or better; without `eps`, what is shorter than 1e-6 becomes 0 and gets no gradient"
     wide = upcast(x)
     if eps: return (wide * (wide.square().sum(-1, keepdim=True) + eps*wide.shape[-1]).rsqrt()).to(x.dtype)
     length = wide.norm(dim=-1, keepdim=True)

@@ -19,6 +19,7 @@ from .hasher import hash_factors
 from .head_attention import full_attn_limit
 from .local_layer import LocalSelfAttention
 from .product_keys import ProductKeyMemory
+from .rounds import check_neighbours
 from .self_attention import LSHSelfAttention
 
 # %% ../nbs/09c_blocks.ipynb #strict-options
@@ -130,6 +131,7 @@ def check_values(
     for k in ('lsh_dropout', 'ff_dropout', 'post_attn_dropout', 'local_dropout'): check_rate(k, config[k])
     for k in ('local_window', 'ff_hidden'):
         if config[k] is not None: check_int(k, config[k])
+    check_neighbours('local_look_around', config['local_look_around'])
     if not isinstance(config['norm_eps'], float) or config['norm_eps']<=0: raise ValueError(f"norm_eps={config['norm_eps']!r} must be a number above 0; pass for example 1e-5")
     if memory_blocks(config): check_int('pkm_num_keys', config['pkm_num_keys'], least=32)
     if not (config['rehash_each_round'] or config['lsh_allow_duplicate_attention']):

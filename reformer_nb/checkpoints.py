@@ -92,13 +92,13 @@ def decode_config(
     try:
         config = json.loads(text)
         name,version,arguments = (config[k] for k in ('model_class', 'format_version', 'arguments'))
-        is_newer,cls = not 0<version<=format_version,model_classes.get(name)
+        known,cls = 0<version<=format_version,model_classes.get(name)
         arguments = {k: tuple(o) if isinstance(o, list) else o for k,o in arguments.items()}
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise ValueError(f'the configuration is damaged ({e!r}); copy it again, or save the model again') from None
-    if is_newer:
-        raise ValueError(f'the checkpoint has format_version={version}, this release reads up to {format_version}; '
-                         'install a newer reformer_nb')
+    if not known:
+        raise ValueError(f'the checkpoint has format_version={version}, this release reads 1 to {format_version}; '
+                         'install a newer reformer_nb, or save the model again')
     for o in range(version, format_version): arguments = migrations[o](arguments)
     if cls is None:
         raise ValueError(f'the checkpoint holds a model_class={name!r}, known are {", ".join(model_classes)}; '

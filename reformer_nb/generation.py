@@ -121,7 +121,7 @@ def last_logits(
     "Logits of what follows, from the last `max_seq_len` tokens"
     tokens,real = tokens[:,-model.max_seq_len:],real[:,-model.max_seq_len:]
     args = dict(input_mask=None if real.all() else real, **context or {})
-    if state is None and 'input_mask' in args and args['input_mask'] is not None and model.config.get('count_padding'): return logits_by_length(model, tokens, real, context)
+    if state is None and model.config.get('count_padding') and not real.all(): return logits_by_length(model, tokens, real, context)
     if state is None: return model(tokens, **args)[:,-1]
     logits,state = model(tokens, **args, state=state)
     return logits[:,-1],state

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['faster_in_full', 'attend_fully', 'short_pairs', 'attend_short_rows', 'attend_by_length', 'full_attn_limit',
-           'weights_by_length', 'in_pieces', 'add_neighbours', 'attend_windows', 'local_attention']
+           'weights_by_length', 'in_pieces', 'attend_windows', 'local_attention']
 
 # %% ../nbs/05b_head_attention.ipynb #imports
 from collections.abc import Callable
@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from .attention import check_masks, full_attention, unit_norm, visible_pairs, zero_padding
 from .core import check_int, pad_to_multiple
-from .rounds import attend_chunks, merge_rounds, real_ids, visible_keys
+from .rounds import attend_chunks, join_chunks, merge_rounds, real_ids, visible_keys
 from .lsh import lsh_attention, lsh_weights, pad_inputs, real_tokens
-from .sorting import add_look_back, chunk, restore_order, sort_by_bucket, stable_order, take_sorted, unchunk
+from .sorting import chunk, restore_order, sort_by_bucket, stable_order, take_sorted, unchunk
 
 # %% ../nbs/05b_head_attention.ipynb #attend-fully
 def attend_fully(
@@ -38,14 +38,14 @@ def attend_fully(
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
     q,own = zero_padding(qk, mask),zero_padding(zero_padding(v, mask), key_mask)
     dtype = torch.promote_types(q.dtype, v.dtype)
-    q,k,wide = q.to(dtype),unit_norm(q, key_eps).to(dtype),own.to(dtype)
+    q,k,values = q.to(dtype),unit_norm(q, key_eps).to(dtype),own.to(dtype)
     attend = partial(F.scaled_dot_product_attention, scale=scale, dropout_p=dropout)
     if causal and query_len==qk.shape[2]>1 and mask is key_mask is attn_mask is None:
-        out = attend(q[:,:,1:], k[:,:,:-1], wide[:,:,:-1], is_causal=True)
+        out = attend(q[:,:,1:], k[:,:,:-1], values[:,:,:-1], is_causal=True)
         return torch.cat([own[:,:,:1], out.to(v.dtype)], dim=2)
     see = visible_pairs(qk.shape[2], causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, device=qk.device)
     alone = ~see.any(-1, keepdim=True)
-    out = attend(q[:,:,:query_len], k, wide, attn_mask=see | alone)   # what a lonely query sees here does not count
+    out = attend(q[:,:,:query_len], k, values, attn_mask=see | alone)   # what a lonely query sees here does not count
     return torch.where(alone, own[:,:,:query_len], out.to(v.dtype))
 
 # %% ../nbs/05b_head_attention.ipynb #attend-short
@@ -183,17 +183,6 @@ def in_pieces(
     if torch.is_grad_enabled(): part = partial(checkpoint, part, use_reentrant=False)
     return torch.cat([part(o) for o in torch.arange(b*h, device=qk.device).chunk(pieces)]).view(b, h, -1, v.shape[-1])
 
-# %% ../nbs/05b_head_attention.ipynb #add-neighbours
-def add_neighbours(
-    x:Tensor, # (b, h, 1, c, w, ...)
-    causal:bool=False, # leave the window after out
-)->Tensor: # (b, h, 1, c, 3w, ...), or 2w if `causal`; zeros where there is no window
-    "Put each window, the one before and the one after side by side"
-    near = add_look_back(x, torch.zeros(len(x), dtype=torch.int64, device=x.device))
-    if causal: return near
-    after = torch.cat([x[:,:,:,1:], torch.zeros_like(x[:,:,:,:1])], dim=3)
-    return torch.cat([near, after], dim=4)
-
 # %% ../nbs/05b_head_attention.ipynb #attend-windows
 def attend_windows(
     qk:Tensor, # (b, h, n, d) shared queries and keys
@@ -215,7 +204,7 @@ def attend_windows(
     q,k,values = (chunk(take_sorted(o, sorted_pos), window) for o in (qk, unit_norm(qk), v))
     ids = (real_ids(together, o).gather(-1, sorted_pos) for o in (real, pad_to_multiple(seen, window)))
     q_pos,q_id,k_id = (chunk(o, window) for o in (sorted_pos, *ids))
-    k,values,k_pos,k_id = (add_neighbours(o, causal) for o in (k, values, q_pos, k_id))
+    k,values,k_pos,k_id = (join_chunks(o[:,:,0], (1, int(not causal)))[:,:,None] for o in (k, values, q_pos, k_id))
     visible = visible_keys(q_pos, k_pos, q_id, k_id, causal=causal, attn_mask=attn_mask)
     found = attend_chunks(q, k, values, visible, scale=scale, dropout=dropout)
     return tuple(restore_order(unchunk(o), undo_sort)[:,:,:,:n] for o in found)

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 import torch
 from .atomic import write_atomic
-from .huggingface import (check_activation, check_config, check_writable, choose_task, load_tensors, on_grid, options_of, override, own_tensors, their_config)
+from .huggingface import (check_activation, check_config, check_writable, choose_task, head_names, load_tensors, on_grid, options_of, override, own_tensors, their_config)
 from .hub import local_directory
 from .language_model import ReformerLM
 from safetensors import SafetensorError
@@ -129,7 +129,9 @@ def to_huggingface(
         config.update(id2label={str(i): f'LABEL_{i}' for i in range(model.count)}, label2id={f'LABEL_{i}': i for i in range(model.count)}, classifier_dropout=model.config['head_dropout'])
     if task=='masked_lm': config['pad_token_id'] = model.config['mask_token']
     prefix = '' if task=='base' else 'reformer.'
-    tensors = {k if k.startswith(('lm_head.','classifier.','qa_outputs.')) else prefix+k: on_grid(k, o, len(options['axial_position_shape'] or ())).detach().cpu().contiguous() for k,o in own_tensors(model, task).items()}
+    sides,tensors = len(options['axial_position_shape'] or ()),{}
+    for k,o in own_tensors(model, task).items():
+        tensors[k if k.startswith(head_names) else prefix+k] = on_grid(k, o, sides).detach().cpu().contiguous()
     config['torch_dtype'] = str(next(iter(tensors.values())).dtype).removeprefix('torch.')
     write_atomic(Path(directory)/'model.safetensors', lambda path: save_file(tensors, path, dict(format='pt')))
     write_atomic(Path(directory)/'config.json', lambda path: path.write_text(json.dumps(config, indent=1)+'\n', encoding='utf-8'))

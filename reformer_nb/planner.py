@@ -125,7 +125,7 @@ def probe_limits(
     batch_size:int, # rows
 )->list: # for each probe, what `give_back_above` is to be given, or None
     "Limits that stand to the matrices of a probe as 32 MiB stand to those of the step"
-    matrices = config.get('backend')=='reference' or not config.get('causal')
+    matrices = config.get('backend')=='reference' or config.get('lsh_dropout') or not config.get('causal')
     if not (matrices and attends_fully(config, seq_len)): return [None]*len(sizes)
     shares = [n*n*b/(seq_len**2*batch_size) for _,n,b in sizes]
     return [None if share==1 else max(2**12, int(2**25*share)) for share in shares]

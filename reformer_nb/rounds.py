@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['last_chunk', 'offset_buckets', 'real_ids', 'take_pairs', 'visible_keys', 'attend_chunks', 'merge_rounds',
-           'count_equal', 'listed_keys', 'count_repeats', 'add_neighbours', 'check_look_around', 'who_sees_whom']
+           'count_equal', 'listed_keys', 'count_repeats', 'join_chunks', 'add_neighbours', 'check_neighbours',
+           'check_look_around', 'who_sees_whom']
 
 # %% ../nbs/03c_rounds.ipynb #imports
 import torch
@@ -131,6 +132,20 @@ def count_repeats(
     counts = count_equal(listed_keys(k_pos, visible, undo_sort))
     return chunk(restore_order(rearrange(counts, 'b h n (r j) -> b h r n j', r=r), sorted_pos), m)
 
+# %% ../nbs/03c_rounds.ipynb #join-chunks
+def join_chunks(
+    x:Tensor, # (b, h, c, m, ...)
+    look_around:tuple=(1,0), # how many chunks before and after its own a query sees
+    *,
+    circle:bool=False, # the last chunk precedes the first
+)->Tensor: # (b, h, c, (before+1+after)*m, ...); zeros where there is no chunk
+    "Each chunk together with its neighbours"
+    (before,after),c = look_around,x.shape[2]
+    if circle: return torch.cat([x.roll(before-o, dims=2) for o in range(before+1+after)], dim=3)
+    def nobody(count): return x.new_zeros(*x.shape[:2], count, *x.shape[3:])
+    longer = torch.cat([nobody(before), x, nobody(after)], dim=2)
+    return torch.cat([longer[:,:,o:o+c] for o in range(before+1+after)], dim=3)
+
 # %% ../nbs/03c_rounds.ipynb #add-neighbours
 def add_neighbours(
     x:Tensor, # (b, h, r, c, m, ...)
@@ -140,8 +155,17 @@ def add_neighbours(
 )->Tensor: # (b, h, r, c, (1+before+after)*m, ...)
     "Each chunk together with those that its queries see"
     if tuple(look_around)==(1,0): return add_look_back(x, last, look_back)
-    circle,(before,after) = x.flatten(2, 3),look_around
-    return torch.cat([circle.roll(-o, dims=2) for o in range(-before, after+1)], dim=3).unflatten(2, x.shape[2:4])
+    return join_chunks(x.flatten(2, 3), look_around, circle=True).unflatten(2, x.shape[2:4])
+
+# %% ../nbs/03c_rounds.ipynb #check-neighbours
+def check_neighbours(
+    name:str, # the argument, as the user wrote it
+    value:tuple, # what the user gave
+)->None:
+    "Refuse `value` unless it is two whole numbers, how many come before and how many after"
+    if not isinstance(value, (tuple,list)) or len(value)!=2:
+        raise TypeError(f'{name}={value!r} must be two whole numbers; pass for example {name}=(1, 0), for one before and none after')
+    for o in value: check_int(f'a number in {name}', o, least=0)
 
 # %% ../nbs/03c_rounds.ipynb #check-around
 def check_look_around(
@@ -150,9 +174,7 @@ def check_look_around(
     backend:str, # 'auto', 'fused', 'triton' or 'reference'
 )->bool: # whether these are other neighbours than the one chunk before
     "Refuse numbers of no sense, and what does not go with other neighbours"
-    if not isinstance(look_around, (tuple,list)) or len(look_around)!=2:
-        raise TypeError(f'look_around={look_around!r} must be two whole numbers; pass for example look_around=(1, 0), for one chunk before and none after')
-    for o in look_around: check_int('a number in look_around', o, least=0)
+    check_neighbours('look_around', look_around)
     if tuple(look_around)==(1,0): return False
     if look_back!='rounds':
         raise ValueError(f"look_around={look_around} puts the chunks of all rounds in a circle, but look_back={look_back!r}; pass look_back='rounds', or leave look_around out")

@@ -19,6 +19,7 @@ models = {'language model': (lambda: ReformerLM(**lm), lambda: (tokens(),)),
                            pkm_layers=2, lsh_allow_duplicate_attention=False, random_rotations_per_head=True, absolute_position_emb=True)), lambda: (tokens(),)),
           'masks': (lambda: Reformer(depth=2, **small), lambda: (vectors(), real)),
           'attention': (lambda: LSHSelfAttention(look_back='rounds', attend_across_buckets=False, **small), lambda: (vectors(), None, real)),
+          'local layers': (lambda: ReformerLM(**dict(lm, attn_layers=('local','lsh'), local_window=5)), lambda: (tokens(), real)),
           'two languages': (lambda: ReformerEncDec(dim=16, enc_num_tokens=50, enc_depth=1, enc_max_seq_len=64, dec_num_tokens=50, dec_depth=1, dec_max_seq_len=64,
                             enc_bucket_size=8, dec_bucket_size=8), lambda: (tokens(), tokens(40, 1)))}
 
@@ -38,7 +39,7 @@ def test_exports_to_public_operations(name):
     assert torch.equal(torch.get_rng_state(), state)
     torch.testing.assert_close(program.module()(*inputs), model(*inputs), rtol=0, atol=1e-5)
 
-@pytest.mark.parametrize('name', (pytest.param('language model', marks=pytest.mark.slow), pytest.param('strict', marks=pytest.mark.slow), 'masks'))
+@pytest.mark.parametrize('name', (pytest.param('language model', marks=pytest.mark.slow), pytest.param('strict', marks=pytest.mark.slow), 'masks', 'local layers'))
 def test_onnx(name, tmp_path):
     ort = pytest.importorskip('onnxruntime')
     model,inputs = make(name)

@@ -256,6 +256,14 @@ def test_what_they_do_not_have_is_not_written(tmp_path):
     with pytest.raises(ValueError, match='Hugging Face has no Reformer with'): model.to_huggingface(tmp_path)
     assert not list(tmp_path.iterdir())
 
+def test_a_limit_that_does_not_come_back_is_refused(saved, tmp_path):
+    change(saved, num_buckets=None)
+    loaded = ReformerLM.from_huggingface(saved)
+    loaded.to_huggingface(tmp_path/'same')
+    assert ReformerLM.from_huggingface(tmp_path/'same').config['split_above']==loaded.config['split_above']
+    other = ReformerLM(**{**loaded.config, 'split_above': 3})
+    with pytest.raises(ValueError, match='Hugging Face has no Reformer with split_above=3'): other.to_huggingface(tmp_path/'other')
+
 # what is wrong there is right here
 
 def kind(seed=1, **options):

@@ -15,5 +15,5 @@ def test_notebook(nb, tmp_path, pytestconfig):
     args,limit = dict(path=str(nb), flags=pytestconfig.getoption('--flags')),3000 if pytestconfig.getoption('--flags') else 400
     code = f'import faulthandler; faulthandler.dump_traceback_later({limit}, exit=True); from nbdev.test import nbdev_test; nbdev_test(**{args})'
     said = tmp_path/'said'   # a file, since a pipe stays open as long as any process that the notebook has started
-    with said.open('w') as f: code = subprocess.run([sys.executable, '-c', code], cwd=root, stdin=subprocess.DEVNULL, stdout=f, stderr=f).returncode
-    if code or 'Success' not in said.read_text(): pytest.fail(said.read_text(), pytrace=False)
+    with said.open('w') as f: done = subprocess.run([sys.executable, '-c', code], cwd=root, stdin=subprocess.DEVNULL, stdout=f, stderr=f)
+    if done.returncode or 'Success' not in said.read_text(): pytest.fail(said.read_text(), pytrace=False)

@@ -1,5 +1,5 @@
 "The committed site works from disk, without a network"
-import contextlib, html, json, os, re, shutil, signal, subprocess
+import contextlib, html, json, os, re, shutil, signal, subprocess, sys, time
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -75,19 +75,30 @@ def site(tmp_path_factory):
         p.write_text(p.read_text(encoding='utf-8').replace('<head>', '<head>'+probe, 1), encoding='utf-8')
     return to
 
-def print_of(cmd, path, tries=2):
+def print_of(cmd, path, tries=2, limit=60):
     "What a browser prints, by way of a file: a helper of a browser that hangs would keep a pipe open for ever"
     with path.open('w') as f: process = subprocess.Popen(cmd, stdin=subprocess.DEVNULL, stdout=f, stderr=subprocess.DEVNULL, start_new_session=True)
-    try: code = process.wait(60)
+    try: code = process.wait(limit)
     except subprocess.TimeoutExpired:
         if tries==1: raise
         code = None
     finally:
         with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)   # and its helpers
         process.wait()
-    if code is None: return print_of(cmd, path, tries-1)
+    if code is None: return print_of(cmd, path, tries-1, limit)
     assert code==0, f'{cmd[0]} ended with {code}'
     return path.read_text(encoding='utf-8')
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='looks into /proc')
+def test_a_browser_that_hangs_is_ended(tmp_path):
+    "With its helpers, though one of them keeps what it prints to open"
+    cmd = ['sh', '-c', f'sleep 600 & echo $! > {tmp_path}/helper; sleep 600']
+    with pytest.raises(subprocess.TimeoutExpired): print_of(cmd, tmp_path/'out', limit=1)
+    helper = int((tmp_path/'helper').read_text())
+    state,end = Path(f'/proc/{helper}/stat'),time.monotonic()+10
+    def runs(): return state.exists() and state.read_text().rsplit(')', 1)[1].split()[0]!='Z'
+    while runs() and time.monotonic()<end: time.sleep(.05)   # until the system has taken it away
+    assert not runs()
 
 def visit(site, page, query=''):
     "The document that Chromium makes of `page` from disk, and its report"
