@@ -7,6 +7,7 @@ __all__ = ['seen_in_windows', 'window_attention', 'pack_real', 'check_local', 'L
            'LocalSelfAttention', 'continue_windows', 'remember_windows']
 
 # %% ../nbs/06e_local_layer.ipynb #imports
+from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
@@ -63,7 +64,7 @@ def window_attention(
 
 # %% ../nbs/06e_local_layer.ipynb #pack-real
 def pack_real(
-    attend, # takes q, k, v, `real` and `attn_mask`
+    attend:Callable, # takes q, k, v, `real` and `attn_mask`
     q:Tensor, # (b, h, n, d)
     k:Tensor, # (b, h, n, d)
     v:Tensor, # (b, h, n, d)

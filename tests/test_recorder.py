@@ -109,6 +109,25 @@ def test_layers_and_heads():
     for wrong in (dict(layers=[2]), dict(layers=['no']), dict(heads=[3]), dict(heads=[-1]), dict(heads=['0'])):
         with pytest.raises(ValueError): Recorder(model, **wrong)
 
+def test_padding_that_counts_has_a_bucket_of_its_own():
+    "Also without a mask of the user: ids of the second round begin after it"
+    model = new_model(count_padding=True, look_back='rounds', n_buckets=4).eval()
+    recorder = Recorder(model)
+    for mask in (None, torch.arange(19)<torch.tensor([[19],[9]])):
+        recorder.clear()
+        recorder(tokens, input_mask=mask)
+        for o in recorder.recordings[0]:
+            first,second = o['buckets'].unflatten(-1, (2, -1)).unbind(-2)
+            assert first.max()==4 and second.min()>=5 and second.max()==9   # 20 places for 19 tokens: the last one is padding
+
+def test_largest_weights_with_short_keys():
+    model = new_model(key_eps=.1).eval()
+    dense,sparse = Recorder(model),Recorder(model, top_k=40)
+    dense(tokens)
+    sparse(tokens)
+    for a,b in zip(dense.recordings[0], sparse.recordings[0]):
+        torch.testing.assert_close(b['attn'].to_dense(), a['attn'], rtol=0, atol=1e-6)
+
 def test_buckets_are_those_used():
     model = new_model().eval()
     used = []
