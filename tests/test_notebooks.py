@@ -1,5 +1,5 @@
 "Each notebook is one test: `nbdev_test` on it, in a process of its own. `pytest --flags slow` runs flagged cells too."
-import os, subprocess, sys
+import faulthandler, multiprocessing, os
 from importlib.util import find_spec
 import pytest
 from nbdev.config import get_config
@@ -7,13 +7,25 @@ from nbdev.doclinks import nbglob
 
 root = get_config().config_path
 nbs = sorted(nbglob(as_path=True))
+# a process that has imported what takes seconds, and forks for each notebook
+processes = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
+if processes.get_start_method()=='forkserver': processes.set_forkserver_preload(['torch', 'nbdev.test', 'matplotlib.pyplot', 'accelerate'])
+
+def run(nb, flags, limit, said):
+    "What it prints goes to the file `said`; after `limit` seconds it ends, and says where it stands"
+    f = os.open(said, os.O_WRONLY | os.O_CREAT)
+    for o in (1, 2): os.dup2(f, o)
+    os.chdir(root)
+    faulthandler.dump_traceback_later(limit, exit=True)
+    from nbdev.test import nbdev_test
+    nbdev_test(path=nb, flags=flags)
 
 @pytest.mark.parametrize('nb', nbs, ids=[os.path.relpath(o, root) for o in nbs])
-@pytest.mark.timeout(3100)   # the notebook's own limit comes first, and tells where it stands
+@pytest.mark.timeout(3100)   # the notebook's own limit comes first
 def test_notebook(nb, tmp_path, pytestconfig):
     if 'triton' in nb.stem and not find_spec('triton'): pytest.skip('Triton, which this notebook needs, is made for Linux alone')
-    args,limit = dict(path=str(nb), flags=pytestconfig.getoption('--flags')),3000 if pytestconfig.getoption('--flags') else 400
-    code = f'import faulthandler; faulthandler.dump_traceback_later({limit}, exit=True); from nbdev.test import nbdev_test; nbdev_test(**{args})'
-    said = tmp_path/'said'   # a file, since a pipe stays open as long as any process that the notebook has started
-    with said.open('w') as f: done = subprocess.run([sys.executable, '-c', code], cwd=root, stdin=subprocess.DEVNULL, stdout=f, stderr=f)
-    if done.returncode or 'Success' not in said.read_text(): pytest.fail(said.read_text(), pytrace=False)
+    flags,said = pytestconfig.getoption('--flags'),tmp_path/'said'
+    process = processes.Process(target=run, args=(str(nb), flags, 3000 if flags else 400, str(said)))
+    process.start()
+    process.join()
+    if process.exitcode or 'Success' not in said.read_text(): pytest.fail(said.read_text(), pytrace=False)
