@@ -13,7 +13,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from .blocks import only_local
 from .core import as_mask, check_int, upcast
+from .local_layer import exact_in_a_circle
 from .replay import replay_modes
 from .next_token import as_tokens, check_predicts
 
@@ -121,7 +123,8 @@ def last_logits(
     "Logits of what follows, from the last `max_seq_len` tokens"
     tokens,real = tokens[:,-model.max_seq_len:],real[:,-model.max_seq_len:]
     args = dict(input_mask=None if real.all() else real, **context or {})
-    if state is None and model.config.get('count_padding') and not real.all(): return logits_by_length(model, tokens, real, context)
+    by_rows = model.config.get('count_padding') or model.config.get('n_buckets')=='power'   # the length of the batch has a say
+    if state is None and by_rows and not real.all(): return logits_by_length(model, tokens, real, context)
     if state is None: return model(tokens, **args)[:,-1]
     logits,state = model(tokens, **args, state=state)
     return logits[:,-1],state
@@ -134,13 +137,14 @@ def can_cache(
 )->bool: # whether each token is read once
     "Choose how to read; refuses a cache that would change the result"
     config,longest = model.config,model.max_seq_len
-    by_windows = set(config.get('attn_layers') or ['lsh'])=={'local'}
-    causal = config['causal']=='strict' or bool(config['causal'] and (config.get('use_full_attn') or by_windows))
+    circle = only_local(config) and not exact_in_a_circle(config['count_padding'], config['local_look_around'])
+    causal = config['causal']=='strict' or bool(config['causal'] and (config.get('use_full_attn') or only_local(config) and not circle))
     possible = causal and hasattr(model, 'init_state') and length<=longest
     if use_cache and not possible:
         why = (f'{length} tokens are more than max_seq_len={longest}, so early ones would have to be forgotten' if causal else
                f"with causal={config['causal']!r} a new token changes what earlier ones see")
-        raise ValueError(f"use_cache=True would change the result: {why}; leave use_cache out, or build the model with causal='strict' and a larger max_seq_len")
+        remedy = 'count_padding=False' if circle else "causal='strict' and a larger max_seq_len"
+        raise ValueError(f'use_cache=True would change the result: {why}; leave use_cache out, or build the model with {remedy}')
     return possible if use_cache is None else use_cache
 
 # %% ../nbs/12_generation.ipynb #check-eos

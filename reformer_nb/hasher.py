@@ -62,7 +62,7 @@ class HashSource(StepCounter):
     "Knows where the random numbers of a hash come from"
     def __init__(self,
         hash_seed:int|None=0, # numbers follow from it, the layer and the step; None takes torch's global ones
-        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed, the same in all layers, drawn at once
+        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call
         random_rotations_per_head:bool=False, # whether each head has rotations of its own
         drop_for_hash_rate:float=0., # dropout of the vectors that are hashed, in training
     ):
@@ -172,7 +172,7 @@ class BucketHasher(HashSource):
         n_buckets:int|tuple|str|None=None, # a fixed number, or its factors; None derives it from each row's length, 'power' from that of the batch
         split_above:int|None=None, # with n_buckets='power': more buckets are two digits; None means never
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
-        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed, the same in all layers, drawn at once
+        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call
         random_rotations_per_head:bool=False, # whether each head has rotations of its own
         rehash_each_round:bool=True, # False: the rounds are a vector's `n_hashes` best buckets of one hash
         drop_for_hash_rate:float=0., # dropout of the vectors that are hashed, in training
@@ -182,10 +182,13 @@ class BucketHasher(HashSource):
         self.n_hashes,self.bucket_size,self.n_buckets = n_hashes,bucket_size,n_buckets
         self.split_above = split_above
         self.rehash_each_round,self.n_best = rehash_each_round,1 if rehash_each_round else n_hashes
+        if split_above is not None: check_int('split_above', split_above, least=2)
         if split_above is not None and n_buckets!='power':
             raise ValueError(f"split_above={split_above} does nothing beside n_buckets={n_buckets!r}; pass n_buckets='power', or leave it out")
         if rotations=='shared' and n_buckets is None:
             raise ValueError("rotations='shared' draws the columns of all digits at once, so all rows need equally many buckets; pass n_buckets, a number or 'power'")
+        if n_buckets=='power' and not rehash_each_round:
+            raise ValueError("n_buckets='power' has too few buckets in short texts for rehash_each_round=False, which takes the n_hashes best; pass a number of buckets, or rehash_each_round=True")
         if n_buckets is not None: self.factors(bucket_size)
     def factors(self,
         n:int, # length, padding included

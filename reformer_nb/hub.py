@@ -23,7 +23,7 @@ def local_directory(
     except ModuleNotFoundError: raise ImportError(f'{source} is no folder, and to fetch it from the hub huggingface_hub is needed; pip install huggingface_hub, or give a folder') from None
     try: return Path(snapshot_download(source, allow_patterns=list(files)))
     except Exception as e:   # of many kinds: no such id, no access, no network
-        raise FileNotFoundError(f'{source} is no folder, and the hub did not give it ({type(e).__name__}: {str(e).strip().splitlines()[0]}); check the id and the network, or download it elsewhere and give the folder') from None
+        raise FileNotFoundError(f'{source} is no folder, and the hub did not give it ({type(e).__name__}: {(str(e).strip().splitlines() or ["no message"])[0]}); check the id and the network, or download it elsewhere and give the folder') from None
 
 # %% ../nbs/15d_hub.ipynb #upload-folder
 def upload_folder(
@@ -40,5 +40,5 @@ def upload_folder(
     api = HfApi(token=token)
     with TemporaryDirectory() as folder:
         write(folder)
-        api.create_repo(repo_id, private=private, exist_ok=True)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id   # with the user's name before it
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message))

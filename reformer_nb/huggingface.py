@@ -81,9 +81,9 @@ def layer_options(
     c:dict, # configuration of Hugging Face, complete
 )->dict: # options of attention
     "The two kinds of layers"
-    kinds,res = tuple(c['attn_layers']),dict(bucket_size=c['lsh_attn_chunk_length'] or c['local_attn_chunk_length'])
-    res.update(attn_layers=kinds, full_attn_thres=res['bucket_size'], look_back='rounds', count_padding=True, key_eps=1e-6,
-               look_around=(c['lsh_num_chunks_before'], c['lsh_num_chunks_after']), lsh_dropout=float(c['lsh_attention_probs_dropout_prob'] or 0),
+    kinds,chunk = tuple(c['attn_layers']),c['lsh_attn_chunk_length'] or c['local_attn_chunk_length']
+    res = dict(attn_layers=kinds, bucket_size=chunk, count_padding=True)
+    if 'lsh' in kinds: res.update(full_attn_thres=chunk, look_back='rounds', key_eps=1e-6, look_around=(c['lsh_num_chunks_before'], c['lsh_num_chunks_after']), lsh_dropout=float(c['lsh_attention_probs_dropout_prob'] or 0),
                rotations='shared', random_rotations_per_head=True, hash_seed=c['hash_seed'], n_hashes=c['num_hashes'], **bucket_options(c))
     if 'local' not in kinds: return res
     return dict(res, local_window=c['local_attn_chunk_length'], local_look_around=(c['local_num_chunks_before'], c['local_num_chunks_after']),

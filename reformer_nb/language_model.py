@@ -70,7 +70,7 @@ def check_sizes(
     check_choice('weight_tie_embedding', config['weight_tie_embedding'], (False, True, 'plain'))
     check_rate('emb_dropout', config['emb_dropout'])
     if config['combine']=='concat' and config['weight_tie_embedding'] and config['emb_dim'] in (None, config['dim']):
-        raise ValueError(f"weight_tie_embedding={config['weight_tie_embedding']!r} needs vectors of the width of the embeddings, but combine='concat' makes them twice as wide; choose one, or pass emb_dim")
+        raise ValueError(f"weight_tie_embedding={config['weight_tie_embedding']!r} needs vectors of the width of the embeddings, but combine='concat' makes them twice as wide; choose one, or pass another emb_dim than dim")
     if config['return_embeddings'] and config['weight_tie_embedding']:
         raise ValueError(f'weight_tie_embedding={config["weight_tie_embedding"]!r} ties the logits, return_embeddings=True leaves them out; choose one')
 
@@ -89,7 +89,9 @@ class TokenModel(nn.Module):
         self.to_model_dim = nn.Identity() if emb_dim==dim else nn.Linear(emb_dim, dim)
         layer = position_layer(config)
         self.pos_emb,self.rotary = (None,layer) if isinstance(layer, RotaryEmbedding) else (layer,None)
-        self.reformer = Reformer(**config.arguments_of(Reformer))
+        inside = config.arguments_of(Reformer)
+        if config['use_scale_norm'] or config['use_rezero']: inside['norm_eps'] = 1e-5   # only the LayerNorm at the end reads it
+        self.reformer = Reformer(**inside)
         width,self.emb_dropout = self.reformer.out_dim,nn.Dropout(config['emb_dropout'])
         self.norm,self.to_emb_dim,self.to_logits = nn.LayerNorm(width, eps=config['norm_eps']),nn.Identity(),None
         if config['return_embeddings']: return
@@ -135,7 +137,7 @@ class TokenModel(nn.Module):
     def init_state(self,
         batch_size:int=1, # rows b
     )->TextState: # for one text a row
-        "What is remembered before a text; needs `causal='strict'`, or full attention with `causal=True`"
+        "What is remembered before a text; needs `causal='strict'`, or with `causal=True` full attention or nothing but local layers"
         return self.reformer.init_state(batch_size)
 
     def head(self)->tuple: # (v, e) table of the logits, and their bias (v) or None
@@ -276,7 +278,7 @@ class ReformerLM(UpstreamWeights, TokenModel, NextToken, Generative, HuggingFace
         out_bias:bool=True, # whether attention's projection back has a bias
         norm_eps:float=1e-5, # added to the variance in LayerNorms
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
-        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed, the same in all layers, drawn at once
+        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call
         attn_layers:tuple|None=None, # the attention of each block, 'lsh' or 'local'; None means 'lsh' everywhere
         local_window:int|None=None, # places of a window in local layers; None means bucket_size
         local_look_around:tuple=(1,0), # windows before and after that local layers see too

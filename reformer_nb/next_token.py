@@ -137,7 +137,7 @@ class NextToken:
         input_attn_mask:Tensor|None=None, # (b, n, n) True or 1 where position i may look at position j
         state:object=None, # a `TextState`, where the model keeps one: `tokens` go on with a text, from the last token of the segment before
     )->Tensor|tuple: # () mean over the predicted tokens, in nats; with `state`, that and the state behind all but the last token
-        "Cross-entropy of the next token; padding changes nothing, and no more than a block of logits exists at a time"
+        "Cross-entropy of the next token; padding changes nothing, and no more than a block of logits exists at a time. With `count_padding` places count: the last token is read too, and only tokens side by side are a pair"
         check_predicts(self.config, 'loss')
         check_tensor(tokens)
         check_collected(self)

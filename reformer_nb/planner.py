@@ -11,6 +11,7 @@ import ctypes, json, os, subprocess, sys, time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 import torch
+from .blocks import only_local
 from .core import check_int
 from .head_attention import full_attn_limit
 from .language_model import ReformerLM
@@ -43,7 +44,7 @@ def run_case(
     torch.manual_seed(0)
     model,times = ReformerLM(**config).train(training),[]
     opt = torch.optim.AdamW(model.parameters()) if training else None
-    tokens = torch.randint(config['num_tokens'], (batch_size, seq_len + training))
+    tokens = torch.randint(config['num_tokens'], (batch_size, seq_len + (training and not config.get('count_padding'))))   # places count: the last token is read too
     for _ in range(steps):
         start = clock()
         if training:
@@ -102,6 +103,7 @@ def attends_fully(
     seq_len:int, # tokens in a row
 )->bool:
     "Whether attention is quadratic at this length"
+    if only_local(config): return False
     return bool(config.get('use_full_attn')) or seq_len<=full_attn_limit(config.get('full_attn_thres', 0), config.get('bucket_size', 64))
 
 def probe_sizes(

@@ -117,7 +117,7 @@ class TwoStreams(nn.Module):
     def init_state(self,
         batch_size:int=1, # rows b
     )->TextState: # for one text a row
-        "What is remembered before a text; needs `causal='strict'`, or full attention with `causal=True`"
+        "What is remembered before a text; needs `causal='strict'`, or with `causal=True` full attention or nothing but local layers"
         return begin_stack(self.layers, batch_size)
 
 # %% ../nbs/10_reformer.ipynb #pretrained
@@ -232,7 +232,7 @@ class Reformer(UpstreamWeights, TwoStreams, Pretrained):
         out_bias:bool=True, # whether attention's projection back has a bias
         norm_eps:float=1e-5, # added to the variance in LayerNorms
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
-        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed, the same in all layers, drawn at once
+        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call
         attn_layers:tuple|None=None, # the attention of each block, 'lsh' or 'local'; None means 'lsh' everywhere
         local_window:int|None=None, # places of a window in local layers; None means bucket_size
         local_look_around:tuple=(1,0), # windows before and after that local layers see too

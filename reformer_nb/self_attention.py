@@ -91,8 +91,8 @@ class HashingHeads(SharedQKHeads):
         mask:Tensor|None, # (b, n) bool, True where a real token stands
         layer:int, # index of the layer
     )->Tensor: # (b, h, r, n)
-        "Bucket ids; without a seed, each piece of the heads draws its rotations"
-        if self.hasher.hash_seed is not None or self.attn_chunks==1: return self.hasher(qk, mask, layer=layer)
+        "Bucket ids; without a seed, each piece of the heads draws its rotations, unless they are shared"
+        if self.hasher.hash_seed is not None or self.hasher.rotations=='shared' or self.attn_chunks==1: return self.hasher(qk, mask, layer=layer)
         b,h = qk.shape[:2]
         pieces = torch.arange(b*h, device=qk.device).chunk(self.attn_chunks)
         ids = [self.hasher(qk.flatten(0,1)[o,None], None if mask is None else mask[o//h], layer=layer) for o in pieces]
@@ -260,7 +260,7 @@ class LSHSelfAttention(UpstreamWeights, StatefulSelfAttention):
         key_eps:float=0., # added to the mean square of a key before it is brought to length 1
         out_bias:bool=True, # whether the projection back has a bias
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
-        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed, the same in all layers, drawn at once
+        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call
     ):
         config = Config(locals())
         super().__init__(config)

@@ -87,7 +87,7 @@ class MaskedLM(nn.Module, HuggingFaceWeights, Pretrained):
         return self.net(tokens, input_mask)
 
     def loss(self,
-        tokens:Tensor, # (b, n) integers, nothing hidden
+        tokens:Tensor, # (b, n) integers, nothing hidden unless `labels` say what was
         input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
         *,
         labels:Tensor|None=None, # (b, n) what `tokens` hide already, −100 where there is nothing to predict; None hides some
@@ -96,6 +96,7 @@ class MaskedLM(nn.Module, HuggingFaceWeights, Pretrained):
         "Hide some tokens, and say what predicting them costs"
         config,real = self.config,None if input_mask is None else as_mask(input_mask, tokens.shape)
         tokens = as_tokens(tokens, config['num_tokens'], real)
+        if labels is not None and generator is not None: raise ValueError('generator does nothing beside labels, which say what is hidden; leave one of them out')
         if labels is not None: return loss_in_blocks(self.net.embed(tokens, real), *self.net.head(), check_labels(labels, tokens.shape, config['num_tokens'], real))
         masked,chosen = mask_tokens(tokens, config['num_tokens'], config['mask_token'], real=real,
                                     special_tokens=config['special_tokens'], rate=config['mask_rate'], generator=generator)
@@ -130,7 +131,7 @@ def check_labels(
     return labels
 
 # %% ../nbs/19_tasks.ipynb #on-tokens
-class OnTokens(nn.Module, HuggingFaceWeights, Pretrained):
+class OnTokens(nn.Module, Pretrained):
     "A `ReformerLM` that returns vectors, and a linear layer `to_out`"
     def __init__(self,
         count:int, # numbers that the linear layer gives
@@ -145,10 +146,11 @@ class OnTokens(nn.Module, HuggingFaceWeights, Pretrained):
     def from_language_model(cls,
         lm:ReformerLM, # trained; it is not changed
         count:int|None=None, # classes or tags; None for a class that has a number of its own
+        **options:object, # more arguments of this class, such as `head`
     )->nn.Module: # of this class, in training mode
         "A model on the weights of a language model"
         arguments = {k: o for k,o in lm.config.items() if k not in ('return_embeddings','weight_tie_embedding')}
-        model,first = cls(*(() if count is None else (count,)), **arguments),next(lm.parameters())
+        model,first = cls(*(() if count is None else (count,)), **arguments, **options),next(lm.parameters())
         kept = {k: o for k,o in lm.state_dict().items() if not k.startswith(('to_logits.','to_emb_dim.'))}
         model.to(first.device, first.dtype).net.load_state_dict(kept)
         return model
@@ -168,12 +170,15 @@ class FirstToken(nn.Module):
 
     def forward(self,
         x:Tensor, # (b, n, e)
+        input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
     )->Tensor: # (b, k)
         "Logits of the classes"
-        return self.out_proj(self.dropout(self.dense(self.dropout(x[:,0])).tanh()))
+        if not x.shape[1]: raise ValueError('tokens hold no first token to read classes off; give one at least')
+        first = x[:,0] if input_mask is None else x[torch.arange(len(x), device=x.device), as_mask(input_mask, x.shape[:2]).int().argmax(-1)]
+        return self.out_proj(self.dropout(self.dense(self.dropout(first)).tanh()))
 
 # %% ../nbs/19_tasks.ipynb #sequence-classifier
-class SequenceClassifier(OnTokens):
+class SequenceClassifier(HuggingFaceWeights, OnTokens):
     "One of several classes for a text"
     huggingface_task = 'sequence_classification'
     def __init__(self,
@@ -195,7 +200,7 @@ class SequenceClassifier(OnTokens):
     )->Tensor: # (b, k)
         "Logits of the classes"
         x = self.net(tokens, input_mask)
-        return self.to_out(x if self.config['head']=='first' else masked_mean(x, input_mask))
+        return self.to_out(x, input_mask) if self.config['head']=='first' else self.to_out(masked_mean(x, input_mask))
 
     def loss(self,
         tokens:Tensor, # (b, n) integers
@@ -235,7 +240,7 @@ class TokenTagger(OnTokens):
         return F.cross_entropy(upcast(self(tokens, real)).flatten(0, 1), labels.flatten())
 
 # %% ../nbs/19_tasks.ipynb #span-finder
-class SpanFinder(OnTokens):
+class SpanFinder(HuggingFaceWeights, OnTokens):
     "The first and the last token of an answer"
     huggingface_task = 'question_answering'
     def __init__(self,
@@ -248,19 +253,24 @@ class SpanFinder(OnTokens):
         tokens:Tensor, # (b, n) integers
         input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
     )->tuple: # both (b, n)
-        "Bets on the first and on the last token"
-        return self.to_out(self.net(tokens, input_mask)).unbind(-1)
+        "Bets on the first and on the last token; lowest in padding, where no answer stands"
+        bets = self.to_out(self.net(tokens, input_mask))
+        if input_mask is not None: bets = bets.masked_fill(~as_mask(input_mask, tokens.shape)[...,None], mask_value(bets.dtype))
+        return bets.unbind(-1)
 
     def loss(self,
         tokens:Tensor, # (b, n) integers
         starts:Tensor, # (b) integers, places of first tokens; −100 where there is no answer
         ends:Tensor, # (b) integers, places of last tokens; −100 where there is no answer
         input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands
-    )->Tensor: # () mean over the texts and both ends, in nats
-        "What the bets on both ends cost"
-        bets = self(tokens, input_mask)
-        if input_mask is not None: bets = [o.masked_fill(~as_mask(input_mask, tokens.shape), mask_value(o.dtype)) for o in bets]   # no answer stands in padding
-        return sum(F.cross_entropy(upcast(o), check_labels(labels, tokens.shape[:1], tokens.shape[1])) for o,labels in zip(bets, (starts, ends)))/2
+    )->Tensor: # () mean over the texts that have an answer, of which there must be one, and over both ends, in nats
+        "What the bets on both ends cost; refuses places of padding"
+        wanted,(b,n) = [check_labels(o, tokens.shape[:1], tokens.shape[1]) for o in (starts, ends)],tokens.shape
+        real = torch.ones(b, n, dtype=torch.bool, device=tokens.device) if input_mask is None else as_mask(input_mask, (b, n))
+        for name,o in zip(('starts', 'ends'), wanted):
+            wrong = (~real.gather(1, o.clamp(min=0)[:,None])[:,0] & (o!=-100)).nonzero()
+            if len(wrong): raise ValueError(f'{name}[{wrong[0,0]}]={o[wrong[0,0]]} is a place of padding; give the place of a real token, or -100 where there is no answer')
+        return sum(F.cross_entropy(upcast(bets), o) for bets,o in zip(self(tokens, input_mask), wanted))/2
 
 # %% ../nbs/19_tasks.ipynb #series-input
 def check_series(
@@ -288,7 +298,7 @@ class SeriesRegressor(nn.Module, Pretrained):
         self.to_dim,self.positions = nn.Linear(channels, dim),FixedPositionalEmbedding(dim)
         self.reformer = Reformer(dim, **trunk)
         width = self.reformer.out_dim
-        self.norm,self.to_out = nn.LayerNorm(width),nn.Linear(width, outputs)
+        self.norm,self.to_out = nn.LayerNorm(width, eps=self.reformer.config['norm_eps']),nn.Linear(width, outputs)
 
     def forward(self,
         x:Tensor, # (b, n, channels) floats, best of mean 0 and variance 1

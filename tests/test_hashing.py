@@ -7,6 +7,7 @@ from reformer_nb.buckets import assign_buckets, bucket_count, single_hash_limit,
 from reformer_nb.hasher import BucketHasher, drop_entries
 from reformer_nb.hashing import nearest_axes, nearest_axis, random_rotations
 from reformer_nb.sorting import restore_order, sort_by_bucket, take_sorted
+from reformer_nb.self_attention import LSHSelfAttention
 
 few = settings(max_examples=25, deadline=None)
 seeds = st.integers(0, 2**31)
@@ -166,3 +167,17 @@ def test_compiled_hashing_draws_outside_of_the_graph():
     mask = lengths_mask((64,))
     exported = torch.export.export(one.eval(), (vecs, mask)).module()
     assert torch.equal(exported(vecs, mask), two.eval()(vecs, mask))
+
+@pytest.mark.parametrize('seed', (None, 0))
+def test_shared_rotations_do_not_depend_on_pieces(seed):
+    x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
+    def buckets(pieces):
+        torch.manual_seed(0)
+        net = LSHSelfAttention(16, 4, 4, n_hashes=1, attn_chunks=pieces, hash_seed=seed, rotations='shared', random_rotations_per_head=True, n_buckets=8, full_attn_thres=0).eval()
+        return net.with_state(x)[1]
+    assert torch.equal(buckets(1), buckets(2))
+
+def test_limits_of_power_are_checked():
+    for wrong,error in ((1, ValueError), (-3, ValueError), (2.5, TypeError), ('a', TypeError)):
+        with pytest.raises(error, match='split_above'): BucketHasher(4, 4, n_buckets='power', split_above=wrong)
+    with pytest.raises(ValueError, match='rehash_each_round=True'): BucketHasher(4, 4, n_buckets='power', rehash_each_round=False)

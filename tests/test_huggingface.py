@@ -244,6 +244,13 @@ def test_the_hub_without_a_network(load, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError, match=r'user/name is no folder, and the hub did not give it \(LocalEntryNotFoundError: no connection\); check the id and the network'):
         getattr(ReformerLM, load)('user/name')
 
+def test_an_error_without_a_message_is_told(monkeypatch):
+    import huggingface_hub
+    from reformer_nb.hub import local_directory
+    def fail(*args, **options): raise ConnectionError()
+    monkeypatch.setattr(huggingface_hub, 'snapshot_download', fail)
+    with pytest.raises(FileNotFoundError, match=r'the hub did not give it \(ConnectionError: no message\)'): local_directory('no/such', ('config.json',))
+
 def test_an_id_on_the_hub(monkeypatch, saved, tmp_path):
     import huggingface_hub
     asked = []
@@ -263,6 +270,14 @@ def test_a_limit_that_does_not_come_back_is_refused(saved, tmp_path):
     assert ReformerLM.from_huggingface(tmp_path/'same').config['split_above']==loaded.config['split_above']
     other = ReformerLM(**{**loaded.config, 'split_above': 3})
     with pytest.raises(ValueError, match='Hugging Face has no Reformer with split_above=3'): other.to_huggingface(tmp_path/'other')
+
+@pytest.mark.parametrize('options', [dict(num_buckets=None), dict(num_buckets=8)])
+def test_a_row_writes_the_same_beside_longer_ones(options):
+    _,ours = kind(**options)
+    tokens = torch.randint(40, (2, 40), generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(40)>=torch.tensor([[0],[31]])
+    both = ours.generate(tokens, 3, temperature=0, input_mask=mask)
+    assert torch.equal(both[1:], ours.generate(tokens[1:,31:], 3, temperature=0))
 
 # what is wrong there is right here
 

@@ -55,7 +55,7 @@ lm_changes = dict(num_tokens=70, emb_dim=10, return_embeddings=True, weight_tie_
 axial,local = dict(axial_position_emb=True),dict(n_local_attn_heads=1, num_mem_kv=3)
 beside = dict(pkm_num_keys=dict(pkm_layers=2), context_dim=dict(cross_attention=True), local_pos_emb=local, local_memory=local,
               axial_position_shape=axial, axial_position_dims=axial, attn_chunks=dict(use_full_attn=True),
-              split_above=dict(n_buckets='power'), count_padding=dict(look_back='rounds'), look_around=dict(look_back='rounds', count_padding=True), **{f'local_{o}': dict(attn_layers=('local','local'))
+              split_above=dict(n_buckets='power'), count_padding=dict(look_back='rounds'), look_around=dict(look_back='rounds', count_padding=True), **{f'local_{o}': dict(attn_layers=('local','lsh'))
                                                                                                              for o in ('window','look_around','shared_qk','dropout')})
 same_numbers = 'ff_chunks', 'attn_chunks', 'reverse_thres', 'backend'   # they change memory and time only
 

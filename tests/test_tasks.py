@@ -4,7 +4,7 @@ import pytest
 import torch
 from reformer_nb.checkpoints import load_pretrained
 from reformer_nb.language_model import ReformerLM
-from reformer_nb.tasks import MaskedLM, SequenceClassifier, SeriesRegressor, TokenTagger, choose_places, mask_tokens, masked_mean
+from reformer_nb.tasks import MaskedLM, SequenceClassifier, SeriesRegressor, SpanFinder, TokenTagger, choose_places, mask_tokens, masked_mean
 
 v,n = 20,21
 trunk = dict(dim=16, depth=2, heads=2, dim_head=8, bucket_size=4, n_hashes=2)
@@ -169,3 +169,33 @@ def test_on_the_weights_of_a_language_model(options):
     (lambda: new('mlm').loss(tokens(), torch.ones(2, n)), TypeError, 'input_mask is torch.float32')])
 def test_refusals(make, error, says):
     with pytest.raises(error, match=says): make()
+
+small = dict(num_tokens=20, dim=16, depth=1, max_seq_len=32, heads=2, dim_head=8, bucket_size=4)
+
+def test_answers_stand_among_real_tokens():
+    torch.manual_seed(0)
+    net,tokens,real = SpanFinder(**small).eval(),torch.randint(20, (2, 8)),torch.arange(8)<torch.tensor([[8],[4]])
+    starts,ends = net(tokens, real)
+    for o in (starts, ends): assert o[1,4:].amax()<o[1,:4].amin() and o[1].argmax()<4
+    assert net.loss(tokens, torch.tensor([1, 2]), torch.tensor([7, 3]), real).isfinite()
+    with pytest.raises(ValueError, match=r'starts\[1\]=6 is a place of padding; give the place of a real token'): net.loss(tokens, torch.tensor([1, 6]), torch.tensor([7, 3]), real)
+    one = net.loss(tokens[:1], torch.tensor([1]), torch.tensor([7]))
+    torch.testing.assert_close(net.loss(tokens, torch.tensor([1, -100]), torch.tensor([7, -100]), torch.ones(2, 8, dtype=torch.bool)), one)
+
+def test_the_first_token_is_a_real_one():
+    torch.manual_seed(0)
+    net,tokens = SequenceClassifier(3, head='first', **small).eval(),torch.randint(20, (2, 8))
+    real = torch.arange(8)>=torch.tensor([[0],[3]])
+    bets = net(tokens, real)
+    torch.testing.assert_close(bets[1:], net(tokens[1:,3:]))
+    assert not torch.allclose(bets[1:], net(tokens[1:]))
+    with pytest.raises(ValueError, match='hold no first token'): net(tokens[:,:0])
+    lm = ReformerLM(**small)
+    assert SequenceClassifier.from_language_model(lm, 3, head='first', head_dropout=.1).config['head_dropout']==.1
+
+def test_arguments_that_would_do_nothing():
+    net = MaskedLM(0, **small)
+    with pytest.raises(ValueError, match='generator does nothing beside labels'): net.loss(torch.ones(1, 8, dtype=torch.long), labels=torch.ones(1, 8, dtype=torch.long), generator=torch.Generator())
+    assert not hasattr(TokenTagger, 'from_huggingface')
+    assert SeriesRegressor(1, 1, dim=16, depth=1, heads=2, norm_eps=1e-3).norm.eps==1e-3
+    assert ReformerLM(**small, use_scale_norm=True, norm_eps=1e-3).norm.eps==1e-3

@@ -1,0 +1,69 @@
+"Layers of windows: what nobody may see is seen by nobody, and options that would do nothing are refused"
+import pytest
+import torch
+from reformer_nb import LocalSelfAttention, Reformer, ReformerLM
+from reformer_nb.generation import can_cache
+from reformer_nb.planner import attends_fully
+
+def layer(**options):
+    torch.manual_seed(0)
+    return LocalSelfAttention(8, 2, 4, **options).double().eval()
+
+def vectors(n=8): return torch.randn(1, n, 8, dtype=torch.double, generator=torch.Generator().manual_seed(1))
+
+@pytest.mark.parametrize('causal', (False, True))
+@pytest.mark.parametrize('count_padding', (False, True))
+def test_a_query_that_may_see_nobody_sees_nobody(causal, count_padding):
+    net,x,pairs = layer(causal=causal, count_padding=count_padding),vectors(),torch.ones(1, 8, 8, dtype=torch.bool)
+    pairs[0,4] = False
+    before = net(x, input_attn_mask=pairs)[0,4]
+    for j in range(8):
+        y = x.clone()
+        y[0,j] += 5
+        assert torch.equal(net(y, input_attn_mask=pairs)[0,4], before)
+    assert not torch.equal(net(x)[0,4], before)
+
+@pytest.mark.parametrize('causal', (False, True))
+@pytest.mark.parametrize('count_padding', (False, True))
+@pytest.mark.parametrize('content', (7., float('nan'), float('inf')))
+def test_padding_of_any_content_is_inert(causal, count_padding, content):
+    net,x = layer(causal=causal, count_padding=count_padding),vectors()
+    real = torch.arange(8)[None] < 6
+    wanted = net(x, input_mask=real)[:,:6]
+    x[:,6:] = content
+    assert torch.equal(net(x, input_mask=real)[:,:6], wanted)
+
+@pytest.mark.parametrize('around,exact', (((0,0), True), ((1,0), True), ((1,1), False), ((2,0), False)))
+def test_a_circle_of_windows_has_a_cache_only_where_it_is_exact(around, exact):
+    def model(count_padding):
+        torch.manual_seed(0)
+        return ReformerLM(11, 16, 2, 64, heads=2, dim_head=8, causal=True, attn_layers=('local','local'), local_window=4, local_look_around=around,
+                          count_padding=count_padding).double().eval()
+    tokens = torch.randint(11, (1, 16), generator=torch.Generator().manual_seed(0))
+    for net,cached in ((model(False), True), (model(True), exact)):
+        assert can_cache(net, 20)==cached
+        if not cached:
+            with pytest.raises(ValueError, match='count_padding=False'): net.init_state(1)
+            with pytest.raises(ValueError, match='count_padding=False'): net.generate(tokens, 2, use_cache=True)
+            continue
+        state,parts = net.init_state(1),[]
+        for o in tokens.split(3, dim=1):
+            part,state = net(o, state=state)
+            parts.append(part)
+        torch.testing.assert_close(torch.cat(parts, 1), net(tokens), rtol=0, atol=1e-10)
+
+idle = dict(n_hashes=3, attn_chunks=2, lsh_dropout=.9, lsh_attend_across_buckets=False, lsh_allow_duplicate_attention=False, random_rotations_per_head=True,
+            use_full_attn=True, full_attn_thres=7, num_mem_kv=8, one_value_head=True, n_local_attn_heads=1, rehash_each_round=False, drop_for_hash_rate=.5,
+            local_pos_emb=False, local_memory=False, n_buckets=4, split_above=4, look_back='round', look_around=(1,1), backend='reference', scale=.5,
+            key_eps=.1, hash_seed=3, rotations='fixed')
+
+@pytest.mark.parametrize('name', idle)
+def test_options_of_hashing_are_refused_where_nothing_hashes(name):
+    with pytest.raises(ValueError, match=f'{name}=.* does nothing beside'): Reformer(16, 1, heads=2, attn_layers=('local',), **{name: idle[name]})
+
+def test_no_local_layer_attends_fully():
+    assert not attends_fully(dict(attn_layers=('local',), use_full_attn=True), 10**6) and attends_fully(dict(use_full_attn=True), 10**6)
+
+def test_sizes_are_checked():
+    with pytest.raises(ValueError, match='dim_head=0 must be at least 1'): LocalSelfAttention(8, 2, dim_head=0)
+    with pytest.raises(TypeError, match='local_look_around=3 must be two whole numbers'): Reformer(16, 1, heads=2, attn_layers=('local',), local_look_around=3)
