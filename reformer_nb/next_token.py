@@ -51,7 +51,7 @@ def real_targets(
     some = targets.numel() if real is None or torch.compiler.is_compiling() else real.any()
     if not some:
         raise ValueError(f'targets {tuple(targets.shape)} hold no real token, so there is no loss; '
-                         'give a text of two tokens or more')
+                         'give a text of two tokens or more, side by side')
     return targets if real is None else targets.masked_fill(~real, -100)
 
 # %% ../nbs/10b_next_token.ipynb #next-token-loss
