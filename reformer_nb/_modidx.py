@@ -751,6 +751,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                         'reformer_nb.reversible.ReversibleFunction.forward': ( 'reversible.html#reversiblefunction.forward',
                                                                                                'reformer_nb/reversible.py'),
                                         'reformer_nb.reversible.add_exactly': ('reversible.html#add_exactly', 'reformer_nb/reversible.py'),
+                                        'reformer_nb.reversible.add_to_stream': ( 'reversible.html#add_to_stream',
+                                                                                  'reformer_nb/reversible.py'),
                                         'reformer_nb.reversible.branch_grads': ( 'reversible.html#branch_grads',
                                                                                  'reformer_nb/reversible.py'),
                                         'reformer_nb.reversible.check_drift': ('reversible.html#check_drift', 'reformer_nb/reversible.py'),

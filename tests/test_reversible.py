@@ -167,6 +167,15 @@ def test_backward_twice():
         return first
     assert_same(stack(Dropout), run)
 
+def test_what_a_hook_keeps_of_a_stream_stays():
+    "Rests of streams are changed in place, streams never"
+    model,seen = stack(),[]
+    for block in model.blocks:
+        for fn in block: fn.register_forward_hook(lambda _,args,out: seen.append((args[0],args[0].clone(),out,out.clone())))
+    loss_grads(model)
+    assert len(seen)>=2*2*len(model.blocks)   # there and back
+    for inputs,inputs_then,out,out_then in seen: assert torch.equal(inputs, inputs_then) and torch.equal(out, out_then)
+
 def test_one_tensor_as_both_streams():
     def run(model):
         same = x[...,:e].clone().requires_grad_()
