@@ -1,6 +1,7 @@
 "Diagnostics: models that are right, models that are wrong on purpose, and recall against a count"
 import math
 from itertools import product
+import peer
 import pytest, torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -115,6 +116,17 @@ def test_causality():
     before = state(model)
     assert check_causality(model, tokens) and check_causality(model.embed, tokens)
     assert same(before, state(model))
+
+@pytest.mark.skipif(bool(peer.missing()), reason=str(peer.missing()))
+def test_causality_of_a_foreign_model():
+    "reformer_pytorch, where later tokens move the borders of chunks, and where a text is one chunk"
+    from reformer_pytorch import ReformerLM as Theirs
+    torch.manual_seed(0)
+    sizes = dict(num_tokens=61, dim=24, depth=1, max_seq_len=64, heads=2, n_hashes=2, causal=True, absolute_position_emb=True)
+    leaky,full = (Theirs(bucket_size=4, use_full_attn=o, **sizes).eval() for o in (False, True))
+    text = torch.randint(61, (2, 64), generator=seeded())
+    def seen(model): return check_causality(lambda o: (torch.manual_seed(1), model(o))[1], text, tol=1e-5)
+    assert seen(leaky).error>1e-3 and seen(leaky).position is not None and seen(full)
 
 @pytest.mark.parametrize('at,reach', ((0, 1), (7, 3), (12, 11)))
 def test_first_leak(at, reach):
