@@ -108,14 +108,15 @@ class Call:
         self.branches = [Branch(fn, layer, role) for layer,*fns in blocks for role,fn in zip('FG', fns)]   # in turn
         self.constants = [{k: v for k,v in o.items() if not isinstance(v, Tensor)} for o in (f_args,g_args)]
         self.tensors = [(to, k) for to,o in enumerate((f_args,g_args)) for k,v in o.items() if isinstance(v, Tensor)]
+        self.named = [named_weights(o) for o in self.branches]   # weights by name
         place = {o: i for i,o in enumerate(self.weights(), start=len(self.tensors))}
-        self.places = [{k: place[o] for k,o in named_weights(f).items()} for f in self.branches]   # of weights
+        self.places = [{k: place[o] for k,o in named.items()} for named in self.named]   # of weights
         self.device,self.dtype,self.send_signal = x.device,x.dtype,send_signal
         self.then,self.samples = [],[]   # circumstances before each branch, and in the end; samples of outputs
 
     def weights(self)->list: # of tensors
         "The weights of all branches, each once"
-        return list(dict.fromkeys(o for branch in self.branches for o in named_weights(branch).values()))
+        return list(dict.fromkeys(o for named in self.named for o in named.values()))
 
     def args(self,
         k:int, # index of the branch
@@ -140,7 +141,7 @@ def run_branch(
     "Call one branch of the stack"
     branch,again = call.branches[k],replace is not None
     args = x.to(call.dtype),call.args(k, inputs, again=again),state
-    if not again: replace = {name: whole(o) for name,o in named_weights(branch).items() if hasattr(o, 'full_tensor')}
+    if not again: replace = {name: whole(o) for name,o in call.named[k].items() if hasattr(o, 'full_tensor')}
     out,state = functional_call(branch, replace, args) if replace else branch(*args)
     check_output(out, x, branch.name)
     return out,state
