@@ -14,7 +14,8 @@ from .reformer import Autopadder as Autopadder, Reformer as Reformer
 from .reversible_sequence import ReversibleSequence as ReversibleSequence
 from .self_attention import LSHSelfAttention as LSHSelfAttention
 from .tasks import MaskedLM as MaskedLM, SequenceClassifier as SequenceClassifier
-from .tasks import SeriesRegressor as SeriesRegressor, SpanFinder as SpanFinder, TokenTagger as TokenTagger
+from .series import SeriesRegressor as SeriesRegressor
+from .tasks import SpanFinder as SpanFinder, TokenTagger as TokenTagger
 from .training_wrapper import TrainingWrapper as TrainingWrapper
 
 def __getattr__(name):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from reformer_nb.checkpoints import load_pretrained
 from reformer_nb.language_model import ReformerLM
-from reformer_nb.tasks import MaskedLM, SequenceClassifier, SeriesRegressor, SpanFinder, TokenTagger, choose_places, mask_tokens, masked_mean
+from reformer_nb.series import SeriesRegressor
+from reformer_nb.tasks import MaskedLM, SequenceClassifier, SpanFinder, TokenTagger, choose_places, mask_tokens, masked_mean
 
 v,n = 20,21
 trunk = dict(dim=16, depth=2, heads=2, dim_head=8, bucket_size=4, n_hashes=2)
