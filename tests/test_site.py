@@ -1,6 +1,7 @@
 "The committed site works from disk, without a network"
 import contextlib, html, json, os, re, shutil, signal, subprocess, sys, time
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 import pytest
@@ -50,7 +51,7 @@ names = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable'
 chromium = next(filter(None, map(shutil.which, names)), None)
 browser = pytest.mark.skipif(not chromium, reason='no Chromium found; install the package chromium')
 
-probe = '''<script>
+probe = r'''<script>
 const errors = []
 addEventListener('error', e => errors.push(e.message || 'cannot load ' + (e.target.src || e.target.href)), true)
 addEventListener('unhandledrejection', e => errors.push(String(e.reason)))
@@ -58,7 +59,11 @@ console.error = (...a) => errors.push(a.join(' '))
 addEventListener('load', async () => {
   await window.MathJax?.startup?.promise
   await document.fonts.ready
+  const faults = location.search == '?axe' ? (await axe.run({resultTypes: ['violations']})).violations : []
   document.documentElement.setAttribute('seen', JSON.stringify({errors,
+    faults: faults.filter(o => ['serious', 'critical'].includes(o.impact)).flatMap(o => o.nodes.map(n => o.id + ': ' + n.html.slice(0, 200))),
+    background: getComputedStyle(document.body).backgroundColor.match(/\d+/g).map(Number),
+    too_wide: document.documentElement.scrollWidth - innerWidth,
     math: document.querySelectorAll('mjx-container mjx-c').length,
     fonts: [...document.fonts].filter(o => o.status == 'error').map(o => o.family),
     failed: document.querySelectorAll('mjx-merror').length,
@@ -73,6 +78,10 @@ def site(tmp_path_factory):
     shutil.copytree(docs, to)
     for p in to.rglob('*.html'):
         p.write_text(p.read_text(encoding='utf-8').replace('<head>', '<head>'+probe, 1), encoding='utf-8')
+    for name in looked_at:   # the pages that axe-core examines
+        page = to/name
+        page.write_text(page.read_text(encoding='utf-8').replace('<head>', f'<head><script src="{(to/"axe.min.js").as_uri()}"></script>', 1), encoding='utf-8')
+    shutil.copy(files('axe_core_python')/'axe.min.js', to)
     return to
 
 def print_of(cmd, path, tries=2, limit=60):
@@ -100,12 +109,12 @@ def test_a_browser_that_hangs_is_ended(tmp_path):
     while runs() and time.monotonic()<end: time.sleep(.05)   # until the system has taken it away
     assert not runs()
 
-def visit(site, page, query=''):
+def visit(site, page, query='', options=()):
     "The document that Chromium makes of `page` from disk, and its report"
     cmd = [chromium, '--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage', '--no-first-run',
            '--disable-sync', '--disable-background-networking', '--disable-component-update', '--disable-quic',
            '--host-resolver-rules=MAP * ~NOTFOUND', f'--user-data-dir={site.parent}/{Path(page).stem}',
-           '--virtual-time-budget=20000', '--dump-dom', (site/page).as_uri()+query]
+           *options, '--virtual-time-budget=20000', '--dump-dom', (site/page).as_uri()+query]
     dom = print_of(cmd, site.parent/f'{Path(page).stem}.dom')
     return dom, json.loads(html.unescape(re.search(r'<html[^>]* seen="([^"]*)"', dom)[1]))
 
@@ -122,6 +131,19 @@ def test_page_in_browser(site, page):
     if 'class="math' in text: assert seen['math'], 'no formula is drawn'
     assert seen['plots'] >= text.count('<img alt="_images')
     for o in course: assert page==o or Path(o).name in dom, f'{o} is not in the sidebar'
+
+looked_at = ('index.html', 'hashing.html', 'language_model.html', 'experiments/speed.html', 'search.html')   # every kind of page
+light,dark = '--blink-settings=preferredColorScheme=1','--blink-settings=preferredColorScheme=0'
+
+@browser
+@pytest.mark.parametrize('scheme,size', ((light, '1200,900'), (dark, '390,844')), ids=('light and wide', 'dark on a phone'))
+@pytest.mark.parametrize('page', looked_at)
+def test_everybody_can_read_it(site, page, scheme, size):
+    "axe-core finds no serious fault, dark is dark, and no page is wider than the window"
+    _,seen = visit(site, page, '?axe', (scheme, f'--window-size={size}'))
+    assert not seen['errors'] and not seen['faults']
+    assert (sum(seen['background'][:3])<3*128)==(scheme==dark)
+    assert seen['too_wide']<=0
 
 @browser
 @pytest.mark.parametrize('words', ['look-back', 'hash_vectors'])

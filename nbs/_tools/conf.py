@@ -26,8 +26,8 @@ myst_heading_anchors = 4
 math_numfig = False
 math_eqref_format = 'eq. {number}'
 html_use_index = html_domain_indices = False
-mathjax_path = 'mathjax/tex-chtml.js'
-mathjax3_config = dict(options=dict(enableMenu=False))
+mathjax_path = 'mathjax/startup.js'
+mathjax3_config = dict(loader=dict(load=['core', 'input/tex', 'output/chtml', 'a11y/assistive-mml']))
 
 html_theme = 'furo'
 html_title = cfg.title

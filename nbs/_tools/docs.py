@@ -23,13 +23,17 @@ def changed():
     old = stamp.read_text(encoding='utf-8').splitlines() if stamp.exists() else []
     return sorted({l.split('  ', 1)[1] for l in set(old) ^ set(inputs())})
 
+formula_parts = {f'{o}.js' for o in ('startup', 'core', 'input/tex', 'output/chtml', 'output/chtml/fonts/tex', 'a11y/assistive-mml')}   # without menus
+
 def mathjax(dest):
-    "Copy the one file of MathJax that the pages load, and its fonts, out of the package which brings them"
+    "Copy the parts of MathJax that the pages load, and its fonts, out of the package which brings them"
     unused = ('Fraktur', 'SansSerif', 'Script', 'Typewriter', 'Calligraphic-Bold', 'Main-Italic', 'Math-Bold', 'Math-Regular')   # alphabets of no formula here
-    found = [p for p in files('sphinx-mathjax-offline') if p.name=='tex-chtml.js' or 'woff-v2' in p.parts and not any(o in p.name for o in unused)]
     note = b'/* MathJax, Apache License 2.0, https://www.mathjax.org */\n'
-    for p in found:
-        at = dest.joinpath(*p.parts[p.parts.index('mathjax')+1:])
+    for p in files('sphinx-mathjax-offline'):
+        if 'mathjax' not in p.parts: continue
+        within = Path(*p.parts[p.parts.index('mathjax')+1:])
+        if within.as_posix() not in formula_parts and ('woff-v2' not in p.parts or any(o in p.name for o in unused)): continue
+        at = dest/within
         at.parent.mkdir(parents=True, exist_ok=True)
         at.write_bytes((note if p.suffix=='.js' else b'') + p.locate().read_bytes())
 
@@ -52,6 +56,7 @@ def lean(html, source=False):
     html = re.sub(r'(class="[^"]*) docutils (container|literal)', r'\1 \2', html)
     html = re.sub(r'<span class="(?:default_value|sig-paren|sig-return|sig-return-icon|sig-return-typehint)">', '<span>', html)
     html = re.sub(r'#svg-(?:sun-with-moon|moon-with-sun)"', '#svg-half"', html).replace('<symbol id="svg-sun"', half+'<symbol id="svg-sun"')
+    html = html.replace('class="caption" role="heading"', 'class="caption" role="heading" aria-level="2"')   # a heading needs a level
     used = set(re.findall(r'href="#(svg-[\w-]+)"', html))   # pictures of buttons
     html = re.sub(r'<symbol id="([\w-]+)".*?</symbol>', lambda m: m[0] if m[1] in used else '', html, flags=re.S)
     marks = r'[a-z]{1,3}\d?' if source else 'n|nn|nc|nd|nf|nb|ne|o|ow|p|w|mi|mf|kc|bp|si|se|sa|fm|vm|pre'
