@@ -1,5 +1,5 @@
 "JupyterLab's server runs notebooks from top to bottom, as `Run All Cells` does; all of them under --all"
-import json, os, shutil, socket, subprocess, sys, time, uuid
+import contextlib, json, os, shutil, socket, subprocess, sys, time, uuid
 from urllib.request import Request, urlopen
 import pytest
 from nbdev.config import get_config
@@ -21,14 +21,15 @@ class Lab:
         cmd = [sys.executable, '-m', 'jupyterlab', f'--IdentityProvider.token={self.token}', *(f'--ServerApp.{k}={v}' for k,v in options.items())]
         env = os.environ | dict(JUPYTER_CONFIG_DIR=str(folder/'.config'), OMP_NUM_THREADS='1')
         with (folder/'.log').open('w') as f: self.process = subprocess.Popen(cmd, stdout=f, stderr=f, stdin=subprocess.DEVNULL, env=env)
-        end = time.monotonic()+120
-        while not self.answers():
-            assert self.process.poll() is None and time.monotonic()<end, (folder/'.log').read_text()
-            time.sleep(.2)
+        self.log = folder/'.log'
 
-    def answers(self):
-        try: return self.ask('GET', 'status')
-        except OSError: return None
+    def wait(self):
+        "Until it answers"
+        end = time.monotonic()+120
+        while True:
+            with contextlib.suppress(OSError): return self.ask('GET', 'status')
+            assert self.process.poll() is None and time.monotonic()<end, self.log.read_text()
+            time.sleep(.2)
 
     def ask(self, method, path, body=None):
         "What the server answers"
@@ -69,9 +70,12 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp('lab')
     shutil.copytree(cfg.nbs_path, folder/'nbs')   # what cells write stays there
     server = Lab(folder)
-    yield server
-    server.process.terminate()
-    server.process.wait(30)
+    try:
+        server.wait()
+        yield server
+    finally:
+        server.process.terminate()
+        server.process.wait(30)
 
 @pytest.mark.parametrize('path', [pytest.param(o, marks=() if o in few else pytest.mark.slow) for o in every])
 def test_run_all_cells(lab, path): assert lab.run_all(f'nbs/{path}')>0
