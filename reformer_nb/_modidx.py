@@ -1108,6 +1108,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'reformer_nb.training': { 'reformer_nb.training.LossOf': ('training.html#lossof', 'reformer_nb/training.py'),
                                       'reformer_nb.training.LossOf.__init__': ('training.html#lossof.__init__', 'reformer_nb/training.py'),
                                       'reformer_nb.training.LossOf.forward': ('training.html#lossof.forward', 'reformer_nb/training.py'),
+                                      'reformer_nb.training.LossOf.init_state': ( 'training.html#lossof.init_state',
+                                                                                  'reformer_nb/training.py'),
                                       'reformer_nb.training.LossOf.loss': ('training.html#lossof.loss', 'reformer_nb/training.py'),
                                       'reformer_nb.training.TrainSettings': ('training.html#trainsettings', 'reformer_nb/training.py'),
                                       'reformer_nb.training.TrainSettings.__post_init__': ( 'training.html#trainsettings.__post_init__',

@@ -123,9 +123,15 @@ class LossOf(nn.Module):
 
     def loss(self,
         batch:Tensor, # (b, n+1) int64
-    )->Tensor: # () mean over the predicted tokens, in nats
+        *,
+        state:object=None, # a `TextState` of the texts that `batch` goes on with
+    )->Tensor|tuple: # () mean over the predicted tokens, in nats; with `state`, that and the state behind
         "The same, for what asks a model for its loss"
-        return self(batch)
+        return self(batch, state)
+
+    def init_state(self)->object: # a `TextState`
+        "What the model remembers before a text"
+        return self.model.init_state()
 
 # %% ../nbs/18_training.ipynb #bits-per-byte
 @torch.no_grad()
@@ -138,14 +144,14 @@ def bits_per_byte(
     most:int|None=None, # windows to use, evenly spread; None uses all
 )->float: # mean over the predicted bytes
     "How many bits the model needs for a byte of `data`"
-    net,device,total,count = LossOf(model),next(model.parameters()).device,0.,0
+    device,total,count = next(model.parameters()).device,0.,0
     with replay_modes([(o, False) for o in model.modules()]):
         for text in texts_to_read(data, seq_len, seq_len if longest is None else longest, most=most):
             state = None if longest is None else model.init_state()
             for window in text:
-                loss = net(window[None].to(device), state)
-                if state is not None: loss,state = loss
-                n = len(window)-1
+                batch,n = window[None].to(device),len(window)-1
+                if state is None: loss = model.loss(batch)
+                else: loss,state = model.loss(batch, state=state)
                 total,count = total + n*loss.item(),count+n
     return total/count/math.log(2)
 
