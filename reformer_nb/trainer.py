@@ -30,6 +30,9 @@ def make_accelerator(
     "Devices, processes and precision of a run"
     s,uneven = settings,bool(getattr(model, 'config', {}).get('layer_dropout'))
     ddp,on_cpu = DistributedDataParallelKwargs(find_unused_parameters=uneven),not torch.accelerator.is_available()
+    if on_cpu and s.precision=='fp16':   # Accelerate would compute in float32, without a word
+        raise ValueError("precision='fp16' needs a device with scaled gradients, and there are only CPUs; use 'bf16', "
+                         'or leave it out')
     try: res = Accelerator(cpu=on_cpu, mixed_precision=s.precision, kwargs_handlers=[ddp])
     except ValueError as e:
         if 'already' not in str(e): raise

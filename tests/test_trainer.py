@@ -87,6 +87,44 @@ def test_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path):
     assert code==0 and 'going back to the checkpoint before' in complaint
     assert len(curve(tmp_path/'hurt'))==14
 
+rough = common + textwrap.dedent('''
+    how = json.loads(sys.argv[2])
+    settings = TrainSettings(seq_len=64, batch_size=4, steps=24, save_every=8, pieces=2, clip=.5, lr=.02, **how)
+    if 'dies' in sys.argv:
+        class Loud(Loud):
+            def one_step(self, start):
+                if self.step==13: os.kill(os.getpid(), 9)
+                super().one_step(start)
+    seen = []
+    net = model(ff_dropout=.1)
+    trainer = Loud(net, corpus(), settings, out=sys.argv[1], show=False)
+    device = trainer.accelerator.device.type
+    def note(layer, *_): seen.extend((layer.weight.dtype, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None))
+    net.norm.register_forward_hook(note)
+    trainer.fit(resume=True)
+    print(*{str(o) for o in seen})
+''')
+ways = dict(adafactor=dict(optimizer='adafactor'), bf16=dict(precision='bf16'), both=dict(optimizer='adafactor', precision='bf16'))
+
+@pytest.mark.parametrize('how', [*ways.values(), pytest.param(dict(precision='fp16'), marks=pytest.mark.cuda)], ids=[*ways, 'fp16'])
+def test_learns_and_resumes_in_every_way(tmp_path, how):
+    "Weights stay float32; autocast is on where it was asked for; with fp16 the scale of the gradients is part of a checkpoint"
+    code,said,complaint = run(tmp_path/'whole', rough, json.dumps(how))
+    assert code==0, complaint
+    types = dict(bf16={'torch.bfloat16'}, fp16={'torch.float16'}).get(how.get('precision'), {'None'})
+    assert set(said.replace('step', '').split())=={'torch.float32'} | types
+    assert run(tmp_path/'killed', rough, json.dumps(how), 'dies')[0]==-signal.SIGKILL
+    assert run(tmp_path/'killed', rough, json.dumps(how))[0]==0
+    losses = curve(tmp_path/'whole')
+    assert len(losses)==24 and losses[-1]<losses[0]-.5
+    if torch.cuda.is_available(): assert curve(tmp_path/'killed')==pytest.approx(losses, abs=1e-2)
+    else: same_run(tmp_path/'killed', tmp_path/'whole')
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason='there is a device that has fp16')
+def test_fp16_needs_a_device():
+    with pytest.raises(ValueError, match=r"\Aprecision='fp16' [^\n]*; use 'bf16'[^\n]*\Z"):
+        Trainer(strict_model(), words, replace(drawn, precision='fp16', tensorboard=False), show=False)
+
 # ---- texts that go on -----------------------------------------------------------------------------------------------
 
 going_on = common + textwrap.dedent('''
