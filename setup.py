@@ -8,7 +8,7 @@ ini = ConfigParser(delimiters=['='], interpolation=None)
 ini.read(root/'settings.ini', encoding='utf-8')
 cfg,readme = ini['DEFAULT'],root/'README.md'
 extras = {k.removesuffix('_requirements'): v.split() for k,v in cfg.items() if k.endswith('_requirements')}
-extras['dev'] += extras['docs'] + extras['train']
+extras['dev'] += extras['docs'] + extras['train'] + extras['tensorboard']
 urls = {'Source': cfg['git_url'], 'Documentation': cfg['doc_host'] + cfg['doc_baseurl']}
 
 setup(

@@ -156,7 +156,7 @@ def read_checkpoint(
     if fingerprint(metadata['config'], tensors)==metadata['sha256']: return tensors,json.loads(metadata['config'])
     raise ValueError(f'{path} is damaged (its SHA-256 is another); remove it')
 
-# %% ../nbs/18a_run_state.ipynb #store
+# %% ../nbs/18a_run_state.ipynb #run-store
 class RunStore:
     "Checkpoints of a run in a folder"
     def __init__(self,
@@ -188,16 +188,10 @@ class RunStore:
         for o in self.steps():   # later ones belong to a run that was given up
             if o not in (*done[-self.keep:], best): self.path(o).unlink()
 
-    def read(self,
-        step:int, # steps that were done
-    )->tuple: # {name: tensor}, record
-        "Read a checkpoint, and refuse one that is damaged"
-        return read_checkpoint(self.path(step))
-
     def newest(self)->tuple: # step, {name: tensor}, record; or None if there is none
         "Read the newest checkpoint that is intact"
         for step in reversed(self.steps()):
-            try: return step,*self.read(step)
+            try: return step,*read_checkpoint(self.path(step))
             except (ValueError, OSError) as e: warnings.warn(f'{e}; going back to the checkpoint before', stacklevel=2)
         return None
 

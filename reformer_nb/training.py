@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
-from .batches import bigram_bits, compressed_bits, windows
+from .batches import bigram_bits, compressed_bits, texts_to_read
 from .core import check_choice, check_int
 from .data import Corpus
 from .hasher import BucketHasher
@@ -56,7 +56,7 @@ def check_settings(
         raise ValueError(f'warmup={s.warmup} is a share of the run, at least 0 and below 1; '
                          'pass for example .05')
 
-# %% ../nbs/18_training.ipynb #settings
+# %% ../nbs/18_training.ipynb #train-settings
 @dataclass(frozen=True)
 class TrainSettings:
     "How to train; a run ends at `steps` or at `minutes`, whichever comes first"
@@ -75,7 +75,7 @@ class TrainSettings:
     pieces:int=1 # the share of a batch that a process has is computed in so many pieces
     carry_state:bool=False # rows go on with their texts from step to step, and a strictly causal model with its state
     eval_every:int|None=None # evaluate after so many steps; None does not
-    eval_windows:int|None=8 # windows of held-out bytes to evaluate on; None means all
+    eval_windows:int|None=8 # windows of held-out bytes to evaluate on, read on with `carry_state`; None means all
     patience:int|None=None # end after so many evaluations without a better one; None does not
     save_every:int|None=100 # write a checkpoint after so many steps; None writes one at the end
     keep:int=2 # checkpoints to keep, besides the best
@@ -123,35 +123,48 @@ class LossOf(nn.Module):
 
     def loss(self,
         batch:Tensor, # (b, n+1) int64
-    )->Tensor: # () mean over the predicted tokens, in nats
+        *,
+        state:object=None, # a `TextState` of the texts that `batch` goes on with
+    )->Tensor|tuple: # () mean over the predicted tokens, in nats; with `state`, that and the state behind
         "The same, for what asks a model for its loss"
-        return self(batch)
+        return self(batch, state)
 
-# %% ../nbs/18_training.ipynb #bits
+    def init_state(self)->object: # a `TextState`
+        "What the model remembers before a text"
+        return self.model.init_state()
+
+# %% ../nbs/18_training.ipynb #bits-per-byte
 @torch.no_grad()
 def bits_per_byte(
     model:nn.Module, # a causal language model over bytes
     data:Tensor, # (n) uint8
     seq_len:int, # bytes to predict in a window
     *,
+    longest:int|None=None, # bytes of a text, whose windows go on with each other; None begins anew with each window
     most:int|None=None, # windows to use, evenly spread; None uses all
 )->float: # mean over the predicted bytes
     "How many bits the model needs for a byte of `data`"
     device,total,count = next(model.parameters()).device,0.,0
     with replay_modes([(o, False) for o in model.modules()]):
-        for window in windows(data, seq_len, most=most):
-            n = len(window)-1
-            total,count = total + n*model.loss(window[None].to(device)).item(),count+n
+        for text in texts_to_read(data, seq_len, seq_len if longest is None else longest, most=most):
+            state = None if longest is None else model.init_state()
+            for window in text:
+                batch,n = window[None].to(device),len(window)-1
+                if state is None: loss = model.loss(batch)
+                else: loss,state = model.loss(batch, state=state)
+                total,count = total + n*loss.item(),count+n
     return total/count/math.log(2)
 
-# %% ../nbs/18_training.ipynb #compare
+# %% ../nbs/18_training.ipynb #compare-with-baselines
 def compare_with_baselines(
     model:nn.Module, # a causal language model over bytes
     corpus:Corpus, # the model and the table learnt from `train`; all are measured on `test`
     seq_len:int, # bytes to predict in a window
+    *,
+    longest:int|None=None, # bytes of a text, whose windows go on with each other; None begins anew with each window
 )->dict: # {name: bits per byte}
     "Bits per byte on the test bytes: the model, a bigram table, gzip and xz"
-    return dict(model=bits_per_byte(model, corpus.test, seq_len), bigram=bigram_bits(corpus.train, corpus.test),
+    return dict(model=bits_per_byte(model, corpus.test, seq_len, longest=longest), bigram=bigram_bits(corpus.train, corpus.test),
                 gzip=compressed_bits(corpus.test, 'gzip'), xz=compressed_bits(corpus.test, 'xz'))
 
 # %% ../nbs/18_training.ipynb #plot-run

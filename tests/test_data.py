@@ -1,4 +1,4 @@
-"Data under hard conditions: servers that hang up, cannot continue, never answer or lie; names, links and odd files"
+"Data under hard conditions: servers that hang up, cannot continue, never answer or lie; names, links and odd files; texts of any number and length"
 import hashlib, io, os, re, signal, socket, subprocess, sys, time, zipfile
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -7,8 +7,10 @@ from threading import Thread
 import pytest
 import torch
 from reformer_nb import data
-from reformer_nb.batches import batch_at, windows
-from reformer_nb.data import download, enwik8_corpus, fetch_zipped, files_corpus, load_corpus, split_of, to_bytes
+from reformer_nb.batches import batch_at, texts_to_read, windows
+from reformer_nb.data import enwik8_corpus, files_corpus, load_corpus, split_of, to_bytes
+from reformer_nb.downloads import download, fetch_zipped
+from reformer_nb.sequences import own_sequence, pack, packed_rows, rows_by_length
 
 content = bytes(range(256))*2000   # 512000 bytes
 
@@ -99,7 +101,7 @@ def test_no_server(tmp_path):
 @pytest.mark.skipif(os.name!='posix', reason='SIGINT')
 def test_interrupted_by_hand(tmp_path):
     "Ctrl-C in the middle keeps what has arrived"
-    code = ('import signal, sys; from pathlib import Path; from reformer_nb.data import download;'
+    code = ('import signal, sys; from pathlib import Path; from reformer_nb.downloads import download;'
             'signal.signal(signal.SIGINT, signal.default_int_handler);'   # which a process in the background lacks
             'download(sys.argv[1], Path(sys.argv[2]))')
     with serving() as server:
@@ -214,6 +216,39 @@ def test_no_part_is_empty(tmp_path, k, seed):
     corpus = files_corpus([tmp_path])
     assert min(map(len, (corpus.train, corpus.valid, corpus.test)))>=2
 
+# ---- text that stays on the disk -----------------------------------------------------------------------------------
+
+parts = 'train', 'valid', 'test'
+
+@pytest.mark.parametrize('k', [1, 2, 49, 60])
+def test_mapped_text_is_the_same(cache, tmp_path, k):
+    for i in range(k): (tmp_path/'texts').mkdir(exist_ok=True) or (tmp_path/'texts'/f'{i}.txt').write_text(f'text {i} '*(9+i))
+    (tmp_path/'texts'/'empty.txt').touch()
+    (tmp_path/'texts'/'photo.png').write_bytes(b'\x89PNG\r\n\x1a\n\0')
+    a,b,again = (load_corpus(tmp_path/'texts', mapped=o) for o in (False, True, True))
+    for part in parts:
+        for o in (b, again): assert torch.equal(getattr(o, part), getattr(a, part))
+    kept = len(os.listdir(cache/'joined'))
+    (tmp_path/'texts'/'0.txt').write_text('another text '*9)
+    assert torch.equal(load_corpus(tmp_path/'texts', mapped=True).train, load_corpus(tmp_path/'texts').train)
+    assert len(os.listdir(cache/'joined'))>kept
+
+@pytest.mark.skipif(sys.platform!='linux', reason='memory is read from /proc')
+def test_mapped_text_takes_no_memory(tmp_path):
+    def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
+    with open(tmp_path/'large', 'wb') as f: f.truncate(2**31)
+    before = resident()
+    corpus = files_corpus([tmp_path/'large'], binary=True, mapped=True)
+    for step in range(9): assert batch_at(corpus.train, step, batch_size=8, seq_len=999).shape==(8, 1000)
+    assert resident()-before<2**26 and sum(len(getattr(corpus, o)) for o in parts)==2**31
+
+def test_mapped_text_that_cannot_be_kept(cache, tmp_path):
+    "The cache is no folder: no part of a file is left, and the line names it"
+    for i in range(2): (tmp_path/f'{i}.txt').write_text('text '*20)
+    cache.write_text('')
+    with pytest.raises(OSError, match='cache'): files_corpus([tmp_path/'0.txt', tmp_path/'1.txt'], mapped=True)
+    assert cache.read_text()=='' and len(os.listdir(tmp_path))==3
+
 # ---- batches and windows -------------------------------------------------------------------------------------------
 
 def test_windows_predict_each_byte_once():
@@ -226,6 +261,42 @@ def test_windows_predict_each_byte_once():
                 some = [o.tolist() for o in windows(text, seq_len, most=most)]
                 assert len(some)==min(most, len(found)) and len({o[0] for o in some})==len(some)
                 assert most>=len(found) or all(len(o)==seq_len+1 for o in some)
+
+def test_texts_predict_each_byte_once():
+    for n in (2, 3, 17, 40):
+        text = torch.arange(n).to(torch.uint8)
+        for seq_len in (1, 2, 5, 44):
+            for longest in (1, 5, 7, 11, 99):
+                found = texts_to_read(text, seq_len, longest)
+                assert torch.equal(torch.cat([o[1:] for t in found for o in t]), text[1:].long())
+                for t in found:
+                    assert sum(len(o)-1 for o in t)<=max(longest, seq_len) and all(a[-1]==b[0] for a,b in zip(t, t[1:]))
+                for most in range(1, n+2):
+                    some = [o for t in texts_to_read(text, seq_len, longest, most=most) for o in t]
+                    assert 1<=len(some)<=most and len({o[0].item() for o in some})==len(some)
+
+@pytest.mark.parametrize('n,batch_size,pool', [(1, 1, 1), (7, 3, 1), (40, 8, 2), (41, 8, 2), (100, 7, 50)])
+def test_a_pass_sees_each_sequence_once(n, batch_size, pool):
+    lengths = torch.randint(1, 30, (n,), generator=torch.Generator().manual_seed(n))
+    steps = -(-n//batch_size)
+    for turn in range(3):
+        found = [rows_by_length(lengths, turn*steps+i, batch_size=batch_size, pool=pool, seed=1) for i in range(steps)]
+        assert torch.cat(found).sort()[0].tolist()==list(range(n)) and sorted(map(len, found))[1:]==[batch_size]*(steps-1)
+
+@pytest.mark.parametrize('seed', range(9))
+def test_packed_rows_hold_every_sequence(seed):
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 19, (int(torch.randint(1, 60, (), generator=g)),), generator=g).tolist()
+    sequences = [torch.randint(1, 99, (n,), generator=g) for n in lengths]
+    tokens,mask,own = packed_rows(sequences, 19, end=0, pad=100)
+    found = [bytes(row[own[r]==k].tolist()) for r,row in enumerate(tokens) for k in range(own[r].max())]
+    assert sorted(found)==sorted(bytes([0, *o.tolist()]) for o in sequences)
+    assert (tokens[~mask]==100).all() and all(row[int(real.sum())-1]==0 for row,real in zip(tokens, mask))
+    rows = pack([n+1 for n in lengths], 19)
+    taken = [sum(lengths[i]+1 for i in row) for row in rows]
+    assert max(taken)<=19 and sum(t<=9 for t in taken)<=1   # two half-empty rows would be one
+    see = own_sequence(own)
+    assert see.diagonal(dim1=1, dim2=2).all() and see[0,0].sum()==(own[0]==0).sum()
 
 def test_batches_do_not_depend_on_the_program():
     "The same bytes in another process, after other draws, from another number of threads"

@@ -1,20 +1,16 @@
 "Each notebook is one test: `nbdev_test` on it, in a process of its own. `pytest --flags slow` runs flagged cells too."
-import faulthandler, multiprocessing, os
+import faulthandler, os
 from importlib.util import find_spec
 import pytest
+from forks import processes, redirect
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 
 root = get_config().config_path
 nbs = sorted(nbglob(as_path=True))
-# a process that has imported what takes seconds, and forks for each notebook
-processes = multiprocessing.get_context('forkserver' if 'forkserver' in multiprocessing.get_all_start_methods() else 'spawn')
-if processes.get_start_method()=='forkserver': processes.set_forkserver_preload(['torch', 'nbdev.test', 'matplotlib.pyplot', 'accelerate'])
-
 def run(nb, flags, limit, said):
     "What it prints goes to the file `said`; after `limit` seconds it ends, and says where it stands"
-    f = os.open(said, os.O_WRONLY | os.O_CREAT)
-    for o in (1, 2): os.dup2(f, o)
+    redirect(said, said)
     os.chdir(root)
     faulthandler.dump_traceback_later(limit, exit=True)
     from nbdev.test import nbdev_test

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from forks import Program
 from reformer_nb.batches import segment_at
 from reformer_nb.checkpoints import read_weights
 from reformer_nb.data import Corpus
 from reformer_nb.language_model import ReformerLM
 from reformer_nb.trainer import Trainer
-from reformer_nb.training import TrainSettings, learning_rate, make_optimizer
+from reformer_nb.training import TrainSettings, bits_per_byte, learning_rate, make_optimizer
 
 common = textwrap.dedent('''
     import json, os, sys, torch
@@ -29,19 +30,22 @@ common = textwrap.dedent('''
     def model(**options):
         torch.manual_seed(0)
         return ReformerLM(128, 16, 2, 64, heads=2, dim_head=8, bucket_size=8, n_hashes=2, causal=True, **options)
+    class Loud(Trainer):
+        "Tells when a step, with its checkpoint, is done"
+        def one_step(self, start):
+            super().one_step(start)
+            print('step', flush=True)
 ''')
 
-def process(code, *words, launcher=(), **options):
-    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parent.parent))
-    return subprocess.Popen([sys.executable, *launcher, *((code,) if launcher else ('-c', code)), *map(str, words)], env=env,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def run(folder, code, *words): return Program(folder.parent/'said', code, folder, *words).end()
 
-def run(*args, **options):
-    p = process(*args, **options)
-    said,complaint = p.communicate(timeout=300)
-    return p.returncode,said,complaint
+def curve(folder, key='bits_per_byte'):
+    records = [json.loads(l) for l in (folder/'metrics.jsonl').read_text().splitlines()]
+    return [o[key] for o in records if key in o]
 
-def curve(folder): return [json.loads(l)['bits_per_byte'] for l in (folder/'metrics.jsonl').read_text().splitlines()]
+def same_run(a, b):
+    for key in ('bits_per_byte', 'valid'): assert curve(a, key)==curve(b, key)
+    assert same_weights(a, b)
 
 def same_weights(a, b):
     a,b = (read_weights(o/'model.safetensors')[0] for o in (a, b))
@@ -50,39 +54,76 @@ def same_weights(a, b):
 # ---- killed --------------------------------------------------------------------------------------------------------
 
 steady = common + textwrap.dedent('''
-    settings = TrainSettings(seq_len=64, batch_size=2, steps=40, save_every=1, eval_every=7, eval_windows=2)
-    trainer = Trainer(model(ff_dropout=.1, lsh_dropout=.1), corpus(), settings, out=sys.argv[1], show=False)
+    settings = TrainSettings(seq_len=64, batch_size=2, steps=50, save_every=1, eval_every=7, eval_windows=2)
+    trainer = Loud(model(ff_dropout=.1, lsh_dropout=.1), corpus(), settings, out=sys.argv[1], show=False)
     print('ready', flush=True)
     trainer.fit(resume=True)
 ''')
 
+def killed(rng, folder, code, *words):
+    "Whether a run was ended by SIGKILL, after a few steps and some milliseconds"
+    p = Program(folder.parent/'said', code, folder, *words)
+    steps = rng.randrange(4)
+    p.wait_for('step' if steps else 'ready', max(1, steps))
+    time.sleep(rng.uniform(0, .05))
+    p.process.kill()
+    return p.end()[0]==-signal.SIGKILL
+
 def test_killed_at_random_moments_and_resumed(tmp_path):
     "A checkpoint is written after each step, so that most kills come while one is being written"
-    assert run(steady, tmp_path/'whole')[0]==0
-    rng,kills = random.Random(0),0
-    for _ in range(10):
-        p = process(steady, tmp_path/'killed')
-        p.stdout.readline()
-        time.sleep(rng.uniform(0, .5))
-        p.kill()
-        p.communicate()
-        kills += p.returncode==-9
-        if not p.returncode: break   # it came to its end before it could be killed
-    assert kills>=3
-    assert run(steady, tmp_path/'killed')[0]==0
-    assert curve(tmp_path/'killed')==curve(tmp_path/'whole') and len(curve(tmp_path/'whole'))==40
-    assert same_weights(tmp_path/'killed', tmp_path/'whole')
+    assert run(tmp_path/'whole', steady)[0]==0
+    rng = random.Random(0)
+    assert all([killed(rng, tmp_path/'killed', steady) for _ in range(10)])
+    assert run(tmp_path/'killed', steady)[0]==0
+    same_run(tmp_path/'killed', tmp_path/'whole')
+    assert len(curve(tmp_path/'whole'))==50
     assert len(list((tmp_path/'killed'/'checkpoints').iterdir()))<=4   # two, the best, and what one kill may leave
 
 def test_resumes_from_the_checkpoint_before_a_damaged_one(tmp_path):
-    assert run(steady, tmp_path/'whole')[0]==0
-    done = run(steady.replace('steps=40', 'steps=20'), tmp_path/'hurt')   # another schedule, so only the way back is looked at
-    assert done[0]==0
+    assert run(tmp_path/'hurt', steady.replace('steps=50', 'steps=10'))[0]==0
     newest = max((tmp_path/'hurt'/'checkpoints').glob('step-*'))
     newest.write_bytes(newest.read_bytes()[:-100])
-    code,_,complaint = run(steady, tmp_path/'hurt')
+    code,_,complaint = run(tmp_path/'hurt', steady.replace('steps=50', 'steps=14'))
     assert code==0 and 'going back to the checkpoint before' in complaint
-    assert len(curve(tmp_path/'hurt'))==40
+    assert len(curve(tmp_path/'hurt'))==14
+
+rough = common + textwrap.dedent('''
+    how = json.loads(sys.argv[2])
+    settings = TrainSettings(seq_len=64, batch_size=4, steps=24, save_every=8, pieces=2, clip=.5, lr=.02, **how)
+    if 'dies' in sys.argv:
+        class Loud(Loud):
+            def one_step(self, start):
+                if self.step==13: os.kill(os.getpid(), 9)
+                super().one_step(start)
+    seen = []
+    net = model(ff_dropout=.1)
+    trainer = Loud(net, corpus(), settings, out=sys.argv[1], show=False)
+    device = trainer.accelerator.device.type
+    def note(layer, *_): seen.extend((layer.weight.dtype, torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None))
+    net.norm.register_forward_hook(note)
+    trainer.fit(resume=True)
+    print(*{str(o) for o in seen})
+''')
+ways = dict(adafactor=dict(optimizer='adafactor'), bf16=dict(precision='bf16'), both=dict(optimizer='adafactor', precision='bf16'))
+
+@pytest.mark.parametrize('how', [*ways.values(), pytest.param(dict(precision='fp16'), marks=pytest.mark.cuda)], ids=[*ways, 'fp16'])
+def test_learns_and_resumes_in_every_way(tmp_path, how):
+    "Weights stay float32; autocast is on where it was asked for; with fp16 the scale of the gradients is part of a checkpoint"
+    code,said,complaint = run(tmp_path/'whole', rough, json.dumps(how))
+    assert code==0, complaint
+    types = dict(bf16={'torch.bfloat16'}, fp16={'torch.float16'}).get(how.get('precision'), {'None'})
+    assert set(said.replace('step', '').split())=={'torch.float32'} | types
+    assert run(tmp_path/'killed', rough, json.dumps(how), 'dies')[0]==-signal.SIGKILL
+    assert run(tmp_path/'killed', rough, json.dumps(how))[0]==0
+    losses = curve(tmp_path/'whole')
+    assert len(losses)==24 and losses[-1]<losses[0]-.5
+    if torch.cuda.is_available(): assert curve(tmp_path/'killed')==pytest.approx(losses, abs=1e-2)
+    else: same_run(tmp_path/'killed', tmp_path/'whole')
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason='there is a device that has fp16')
+def test_fp16_needs_a_device():
+    with pytest.raises(ValueError, match=r"\Aprecision='fp16' [^\n]*; use 'bf16'[^\n]*\Z"):
+        Trainer(strict_model(), words, replace(drawn, precision='fp16', tensorboard=False), show=False)
 
 # ---- texts that go on -----------------------------------------------------------------------------------------------
 
@@ -90,32 +131,27 @@ going_on = common + textwrap.dedent('''
     torch.manual_seed(0)
     strict = ReformerLM(128, 16, 2, 256, heads=2, dim_head=8, bucket_size=8, n_hashes=2, causal='strict', n_local_attn_heads=1, **json.loads(sys.argv[2]))
     settings = TrainSettings(seq_len=32, batch_size=4, steps=int(sys.argv[3]), save_every=1, carry_state=True, **json.loads(sys.argv[4]))
-    trainer = Trainer(strict, corpus(), settings, out=sys.argv[1], show=False)
+    trainer = Loud(strict, corpus(), settings, out=sys.argv[1], show=False)
     print('ready', flush=True)
     trainer.fit(resume=True)
 ''')
-noisy = '{"ff_dropout": 0.1, "lsh_dropout": 0.1}', 24, '{"pieces": 2}'   # three texts of eight segments a row
+noisy = '{"ff_dropout": 0.1, "lsh_dropout": 0.1}', 18, '{"pieces": 2, "eval_every": 7, "eval_windows": 2}'   # two texts of eight segments a row, and a piece of the third
 
 def test_killed_amid_a_text_and_resumed(tmp_path):
-    assert run(going_on, tmp_path/'whole', *noisy)[0]==0
-    rng,kills = random.Random(1),0
-    for _ in range(2):
-        p = process(going_on, tmp_path/'killed', *noisy)
-        p.stdout.readline()
-        time.sleep(rng.uniform(0, .4))
-        p.kill()
-        p.communicate()
-        kills += p.returncode==-9
-    assert kills
-    assert run(going_on, tmp_path/'killed', *noisy)[0]==0
-    assert curve(tmp_path/'killed')==curve(tmp_path/'whole') and len(curve(tmp_path/'whole'))==24
-    assert same_weights(tmp_path/'killed', tmp_path/'whole')
+    assert run(tmp_path/'whole', going_on, *noisy)[0]==0
+    rng = random.Random(1)
+    assert all([killed(rng, tmp_path/'killed', going_on, *noisy) for _ in range(3)])
+    assert run(tmp_path/'killed', going_on, *noisy)[0]==0
+    same_run(tmp_path/'killed', tmp_path/'whole')
+    assert (len(curve(tmp_path/'whole')), len(curve(tmp_path/'whole', 'valid')))==(18, 2)
 
 def strict_model(**options):
     torch.manual_seed(0)
     return ReformerLM(**dict(num_tokens=128, dim=16, depth=2, max_seq_len=256, heads=2, dim_head=8, bucket_size=8, n_hashes=2, causal='strict') | options)
 
-@pytest.mark.parametrize('options', (dict(), dict(n_local_attn_heads=1, num_mem_kv=2), dict(n_buckets=(2,4)), dict(causal=True, use_full_attn=True), dict(weight_tie=True, hash_seed=None)))
+kinds = dict(), dict(n_local_attn_heads=1, num_mem_kv=2), dict(n_buckets=(2,4)), dict(causal=True, use_full_attn=True), dict(weight_tie=True)
+
+@pytest.mark.parametrize('options', (*kinds, dict(hash_seed=None)))
 def test_carried_state_is_that_of_a_loop(options):
     "Losses to the last bit; a state left out, or one that is never emptied, gives others"
     text = torch.arange(4000)**2%97
@@ -136,6 +172,34 @@ def test_carried_state_is_that_of_a_loop(options):
     assert trainer.states[0].count.tolist()==[64]*4
     apart = Trainer(strict_model(**options), corpus, replace(s, carry_state=False), show=False).fit()
     assert apart[0]['bits_per_byte']!=by_hand[0] or apart[1]['bits_per_byte']!=by_hand[1]
+
+@torch.no_grad()
+def read_by_hand(model, text, seq_len, longest):
+    "Bits per byte of texts that are read in segments"
+    bits = []
+    for start in range(0, len(text)-1, longest):
+        state,end = model.init_state(),min(start+longest, len(text)-1)
+        for i in range(start, end, seq_len):
+            n = min(seq_len, end-i)
+            loss,state = model.loss(text[None,i:i+n+1].long(), state=state)
+            bits += [loss.item()/math.log(2)]*n
+    return sum(bits)/len(bits)
+
+@pytest.mark.parametrize('options', kinds)
+def test_held_out_text_is_read_on(options):
+    "As in training; that equals reading whole texts, and changes nothing in training"
+    text = (torch.arange(300)**2%97).to(torch.uint8)
+    corpus,s = Corpus('squares', text, text, text),TrainSettings(seq_len=32, batch_size=2, steps=3, carry_state=True, eval_every=1, eval_windows=None)
+    trainer,unwatched = (Trainer(strict_model(**options).double(), corpus, o, show=False) for o in (s, replace(s, eval_every=None)))
+    found = trainer.fit()[-1]['valid']
+    assert [o['bits_per_byte'] for o in unwatched.fit()]==[o['bits_per_byte'] for o in trainer.history]
+    assert trainer.model.training and trainer.states[0].count.tolist()==[96]*2
+    model = trainer.model.eval()
+    assert found==pytest.approx(read_by_hand(model, text, 32, 256), abs=1e-12)
+    assert found==pytest.approx(bits_per_byte(model, text, 256), abs=1e-12)   # texts of 256 and 43 bytes at once
+    assert abs(found-bits_per_byte(model, text, 32))>1e-4
+    some = bits_per_byte(model, text, 32, longest=256, most=3)   # the first 96 bytes
+    assert some==pytest.approx(bits_per_byte(model, text[:97], 96), abs=1e-12)
 
 def test_nothing_to_carry():
     corpus = Corpus('zeros', *torch.zeros(3, 999, dtype=torch.uint8))
@@ -176,7 +240,6 @@ def test_a_board_that_is_not_installed(tmp_path, monkeypatch):
     assert len(Trainer(strict_model(), words, replace(drawn, tensorboard=False), out=tmp_path/'run', show=False).fit())==4
 
 def test_real_board(tmp_path):
-    pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     history = Trainer(strict_model(), words, drawn, out=tmp_path, show=False).fit()
     found = EventAccumulator(str(tmp_path/'tensorboard')).Reload()
@@ -204,12 +267,15 @@ def script(tmp_path):
     return path
 
 def torchrun(script, *words):
-    launcher = ('-m', 'torch.distributed.run', '--nproc_per_node', '2', '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0')
-    return run(str(script), *words, launcher=launcher)
+    "Exit code, standard output and error of two processes"
+    launcher = sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--rdzv-backend', 'c10d', '--rdzv-endpoint', 'localhost:0'
+    env = dict(os.environ, OMP_NUM_THREADS='1', PYTHONPATH=str(Path(__file__).parent.parent))
+    done = subprocess.run([*launcher, *map(str, (script, *words))], env=env, capture_output=True, text=True, timeout=300)
+    return done.returncode,done.stdout,done.stderr
 
 @no_gloo
 def test_two_processes_learn_like_one(script, tmp_path):
-    assert run(spread, tmp_path/'one', 50)[0]==0
+    assert run(tmp_path/'one', spread, 50)[0]==0
     code,_,complaint = torchrun(script, tmp_path/'two', 50)
     assert code==0, complaint[-2000:]
     a,b = (torch.tensor(curve(tmp_path/o), dtype=torch.float64) for o in ('one', 'two'))
@@ -220,20 +286,22 @@ def test_two_processes_learn_like_one(script, tmp_path):
 def test_two_processes_carry_like_one(script, tmp_path):
     "Each keeps the state of its rows, also in a checkpoint; one process cannot go on with the two of two"
     script.write_text(going_on.replace('ReformerLM(128', 'torch.set_default_dtype(torch.float64) or ReformerLM(128'))
-    assert run(script.read_text(), tmp_path/'one', '{}', 12, '{}')[0]==0
+    watched = '{"eval_every": 6}'
+    assert run(tmp_path/'one', script.read_text(), '{}', 12, watched)[0]==0
     for steps in (12, 14):   # and goes on, amid the second text
-        code,_,complaint = torchrun(script, tmp_path/'two', '{}', steps, '{}')
+        code,_,complaint = torchrun(script, tmp_path/'two', '{}', steps, watched)
         assert code==0, complaint[-2000:]
-    a,b = (torch.tensor(curve(tmp_path/o), dtype=torch.float64) for o in ('one', 'two'))
-    torch.testing.assert_close(a, b[:12], rtol=0, atol=1e-9)
-    assert len(b)==14
-    code,_,complaint = run(script.read_text(), tmp_path/'two', '{}', 14, '{}')
+    for key in ('bits_per_byte', 'valid'):
+        a,b = (torch.tensor(curve(tmp_path/o, key), dtype=torch.float64) for o in ('one', 'two'))
+        torch.testing.assert_close(a, b[:len(a)], rtol=0, atol=1e-9)
+        assert len(b)==dict(bits_per_byte=14, valid=2)[key]
+    code,_,complaint = run(tmp_path/'two', script.read_text(), '{}', 14, watched)
     assert code!=0 and 'the texts were read by 2 processes, here are 1; start as many' in complaint
 
 @no_gloo
 def test_sharded_by_fsdp(script, tmp_path):
     "Two processes hold half of each weight, and write one checkpoint, which loads"
-    assert run(spread, tmp_path/'one', 6)[0]==0
+    assert run(tmp_path/'one', spread, 6)[0]==0
     code,said,complaint = torchrun(script, tmp_path/'two', 6, 'shard')
     assert code==0 and 'DTensor' in said, complaint[-2000:]
     a,b = (torch.tensor(curve(tmp_path/o), dtype=torch.float64) for o in ('one', 'two'))
@@ -245,8 +313,8 @@ def test_sharded_by_fsdp(script, tmp_path):
 def test_a_killed_worker_leaves_a_checkpoint(script, tmp_path):
     code,_,complaint = torchrun(script, tmp_path/'run', 20, 'dies')
     assert code!=0 and 'Signal 9' in complaint
-    assert run(spread.replace(".fit()", ".fit(resume=True)"), tmp_path/'run', 20)[0]==0
-    assert run(spread, tmp_path/'whole', 20)[0]==0
+    assert run(tmp_path/'run', spread.replace(".fit()", ".fit(resume=True)"), 20)[0]==0
+    assert run(tmp_path/'whole', spread, 20)[0]==0
     a,b = (torch.tensor(curve(tmp_path/o), dtype=torch.float64) for o in ('run', 'whole'))
     torch.testing.assert_close(a, b, rtol=0, atol=1e-9)   # it went on in one process where two had been
 
@@ -266,7 +334,7 @@ small_disk = common + textwrap.dedent('''
 
 @pytest.mark.skipif(not hasattr(signal, 'SIGXFSZ'), reason='needs limits on the size of files')
 def test_full_disk_loses_nothing(tmp_path):
-    code,_,complaint = run(small_disk, tmp_path/'run')
+    code,_,complaint = run(tmp_path/'run', small_disk)
     assert code!=0 and 'step-000000004' in complaint
     assert [p.name for p in (tmp_path/'run'/'checkpoints').iterdir()]==['step-000000002.safetensors']
     read_weights(tmp_path/'run'/'checkpoints'/'step-000000002.safetensors')
