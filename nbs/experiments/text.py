@@ -38,7 +38,7 @@ class Run:
     length:int = 4096         # bytes of a window
     chunk:int = 64            # chunk length; there are length/chunk buckets, and a local head sees windows of two chunks
     dim:int = 128             # width of the model
-    lr:float = 3e-3           # of AdamW, at its highest
+    lr:float = 5e-3           # of AdamW, at its highest
     steps:int = 160           # of training, one window each
     seed:int = 0              # of weights, data and rotations
 
