@@ -1,13 +1,14 @@
 """The paper's experiments on text, small: `python nbs/experiments/text.py [part ...] [--quick]`
 
-A byte model of two layers learns the source files of Python's standard library in windows of 4096. Runs differ in what
+A byte model of two layers learns the source files of Python's standard library in windows of 2048. Runs differ in what
 their names say, and in nothing else: data, steps, recipe and held-out windows are the same. Parts:
 
-    figure3  shared queries and keys, or projections of their own; two streams, or one
-    figure4  full attention, and 1, 2, 4 and 8 hash rounds
-    lsh      local attention alone, and half of the heads local
+    base     two hash rounds, twice, full attention, local attention
+    lsh      half of the heads local
     strict   strict causality, with hashing in all heads and in half of them
-    seeds    another seed, for the spread
+    figure3  queries and keys with projections of their own; one stream of residuals
+    figure4  1, 4 and 8 hash rounds
+    seeds    another seed of three more runs, for the spread
 
 Each finished run adds a row to results/text.csv, its curve to results/text_curves.csv, what it reads in other ways to
 results/text_reads.csv, and what later bytes tell it to results/text_leak.csv. A run that has a row is not repeated.
@@ -27,24 +28,24 @@ from reformer_nb.recorder import attention_layers
 from reformer_nb.shared_qk import join_masks
 from records import append, read, results, surroundings
 
-heads,warm_up,every = 4,20,20   # attention heads; steps until the full learning rate; steps in a point of a curve
-held_out,few = 32,4             # windows of held-out files behind a result, and behind a point of a curve
+heads,warm_up,every = 4,25,50   # attention heads; steps until the full learning rate; steps in a point of a curve
+held_out,few = 64,8             # windows of held-out files behind a result, and behind a point of a curve
 
 @dataclass(frozen=True)
 class Run:
     "All that decides how a run goes"
     attention:str = 'LSH-2'   # or another number of rounds, 'Full', 'Separate', 'Local'
     variant:str = ''          # what else differs, a key of `variants`
-    length:int = 4096         # bytes of a window
-    chunk:int = 64            # chunk length; there are length/chunk buckets, and a local head sees windows of two chunks
+    length:int = 2048         # bytes of a window
+    chunk:int = 32            # chunk length; there are length/chunk buckets, and a local head sees windows of two chunks
     dim:int = 128             # width of the model
-    lr:float = 5e-3           # of AdamW, at its highest
-    steps:int = 160           # of training, one window each
+    lr:float = 1e-2           # of AdamW with betas .9, .95, at its highest
+    steps:int = 500           # of training, one window each
     seed:int = 0              # of weights, data and rotations
 
 variants = {'': {}, 'half local': dict(n_local_attn_heads=heads//2), 'strict': dict(causal='strict', n_buckets=16),
             'strict, half local': dict(causal='strict', n_buckets=16, n_local_attn_heads=heads//2),
-            'not reversible': dict(reverse_thres=2**20), 'one stream': {}}
+            'reversible': dict(reverse_thres=0), 'one stream': {}}
 
 # ---- layers and stacks to compare with --------------------------------------------------------------------------
 
@@ -88,10 +89,10 @@ def rebuild(model, kind):
     return model
 
 def make(run, attention=None):
-    "Two layers, four heads, rotary positions; `attention` in place of that of the run"
+    "Two layers, four heads, rotary positions, activations kept, which is faster; `attention` in place of that of the run"
     kind = attention or run.attention
     hashed = kind.startswith('LSH-')
-    options = dict(causal=True, n_buckets=run.length//run.chunk) | variants[run.variant]
+    options = dict(causal=True, n_buckets=run.length//run.chunk, reverse_thres=run.length) | variants[run.variant]
     torch.manual_seed(run.seed)
     model = ReformerLM(256, run.dim, 2, run.length, heads=heads, dim_head=run.dim//heads, bucket_size=run.chunk, ff_mult=2,
                        n_hashes=int(kind[4:]) if hashed else 1, use_full_attn=not hashed, hash_seed=run.seed, **options)
@@ -112,7 +113,7 @@ def bits(model, data, length, most):
 def train(run, corpus, watch=lambda point: None):
     "The model, its learning curve, and the processor time of a step"
     model = make(run).train()
-    opt = torch.optim.AdamW(model.parameters(), lr=run.lr)
+    opt = torch.optim.AdamW(model.parameters(), lr=run.lr, betas=(.9, .95))
     schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda i: min(1, (i+1)/warm_up)*(1-i/run.steps))
     curve,recent,seconds = [],[],0.
     for step in range(run.steps):
@@ -196,6 +197,30 @@ def select(rows, **wanted):
     "Rows with the wanted values"
     return [row for row in rows if all(row[k]==v for k,v in wanted.items())]
 
+def name(row): return ', '.join(o for o in (row['attention'], row['variant']) if o)
+
+def spread(rows):
+    "Runs of which there are two seeds, and how far these are apart"
+    for o in select(rows, seed=1):
+        first, = select(rows, attention=o['attention'], variant=o['variant'], seed=0)
+        yield dict(run=name(o), seed_0=first['bits'], seed_1=o['bits'], apart=round(abs(first['bits']-o['bits']), 4))
+
+def against(rows, base, others):
+    "Bits of some runs, and how many more these are than those of the first, beside the spread of seeds"
+    noise,known = max(o['apart'] for o in spread(rows)),{name(o): o for o in select(rows, seed=0)}
+    for wanted in (base, *others):
+        row = known[wanted]
+        more = row['bits']-known[base]['bits']
+        yield dict(run=wanted, bits=row['bits'], more=f'{more:+.3f}', **{'beyond the spread': 'yes' if abs(more)>noise else 'no'},
+                   parameters=row['parameters'], **{'s per step': row['seconds_per_step']})
+
+def silenced(rows, reads):
+    "What models lose without some of their heads, and what their rounds reach of full attention"
+    for row in select(rows, seed=0):
+        found = {o['read']: f"{o['bits']-row['bits']:+.3f}" for o in select(reads, seed=0) if name(o)==name(row)}
+        yield dict(run=name(row), bits=row['bits']) | {f'without {k[3:]}': found.get(k, '') for k in ('no heads', 'no LSH heads', 'no local heads')} | {
+            'weight reached, %': row['recall_mass'], 'of the 16 largest, %': row['recall_top']}
+
 def plot_curves(curves, names, ax):
     "Held-out bits against steps, a colour for each of `names`, {label: what to select}"
     for (label,wanted),color,style in zip(names.items(), colors, ('-', '--', '-.', ':', '-', '--')):
@@ -210,14 +235,15 @@ def plot_curves(curves, names, ax):
 def runs(parts):
     "The runs of some parts, those first on which most depends"
     full,lsh = Run('Full'),Run()
-    of = dict(figure4=[lsh, full, Run('LSH-1'), Run('LSH-4'), Run('LSH-8')],
-              lsh=[Run('Local'), replace(lsh, variant='half local')],
-              figure3=[Run('Separate'), replace(full, variant='one stream')],
+    of = dict(base=[lsh, full, Run('Local'), replace(lsh, seed=1)],
+              lsh=[replace(lsh, variant='half local')],
               strict=[replace(lsh, variant=o) for o in ('strict', 'strict, half local')],
-              seeds=[replace(o, seed=1) for o in (lsh, full)])
+              figure3=[Run('Separate'), replace(full, variant='one stream')],
+              figure4=[Run(f'LSH-{o}') for o in (1, 4, 8)],
+              seeds=[replace(o, seed=1) for o in (full, Run('Local'), replace(lsh, variant='half local'))])
     return [o for part in parts for o in of[part]]
 
-parts = ('figure4', 'lsh', 'figure3', 'strict', 'seeds')
+parts = ('base', 'lsh', 'strict', 'figure3', 'figure4', 'seeds')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
