@@ -206,10 +206,10 @@ def spread(rows):
         yield dict(run=name(o), seed_0=first['bits'], seed_1=o['bits'], apart=round(abs(first['bits']-o['bits']), 4))
 
 def against(rows, base, others):
-    "Bits of some runs, and how many more these are than those of the first, beside the spread of seeds"
+    "Bits of those runs that are there, and how many more these are than those of the first, beside the spread of seeds"
     noise,known = max(o['apart'] for o in spread(rows)),{name(o): o for o in select(rows, seed=0)}
     for wanted in (base, *others):
-        row = known[wanted]
+        if not (row := known.get(wanted)): continue
         more = row['bits']-known[base]['bits']
         yield dict(run=wanted, bits=row['bits'], more=f'{more:+.3f}', **{'beyond the spread': 'yes' if abs(more)>noise else 'no'},
                    parameters=row['parameters'], **{'s per step': row['seconds_per_step']})
