@@ -207,7 +207,7 @@ def spread(rows):
 
 def against(rows, base, others):
     "Bits of those runs that are there, and how many more these are than those of the first, beside the spread of seeds"
-    noise,known = max(o['apart'] for o in spread(rows)),{name(o): o for o in select(rows, seed=0)}
+    noise,known = max((o['apart'] for o in spread(rows)), default=math.inf),{name(o): o for o in select(rows, seed=0)}
     for wanted in (base, *others):
         if not (row := known.get(wanted)): continue
         more = row['bits']-known[base]['bits']
