@@ -1,4 +1,4 @@
-"What the notebooks of nbs/experiments read and draw: records, the duplication task, time and memory"
+"What the notebooks of nbs/experiments read and draw: records, the duplication task, text, time and memory"
 import sys
 from dataclasses import replace
 import peer
@@ -7,7 +7,7 @@ import torch
 from nbdev.config import get_config
 
 sys.path.insert(0, str(get_config().nbs_path/'experiments'))
-import duplication, records, speed  # noqa: E402
+import duplication, records, speed, text  # noqa: E402
 
 tiny = duplication.Run(length=64, chunk=16, steps=2)   # far too short to learn
 needs_peer = pytest.mark.skipif(bool(peer.missing()), reason=str(peer.missing()))
@@ -71,6 +71,83 @@ def test_each_library_trains_with_its_rounds_and_is_evaluated_with_others(librar
     changed = tokens.clone()
     changed[:,40:] = 1
     with torch.no_grad(): assert torch.allclose(full(changed)[:,:40], c[:,:40], atol=1e-5)   # full attention sees no later token
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+short = text.Run(length=64, chunk=8, dim=16, steps=2)   # far too short to learn
+noise = torch.randint(256, (1, 65), generator=torch.Generator().manual_seed(0))
+
+@pytest.fixture
+def corpus():
+    from reformer_nb.data import Corpus
+    return Corpus('noise', *torch.randint(256, (3, 400), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)))
+
+def attention_of(run): return text.make(run).reformer.layers.blocks[0][0].fn
+
+def test_separate_keys_are_what_they_say():
+    layer,x = attention_of(replace(short, attention='Separate')),torch.randn(1, 10, 16)
+    q,k,v = (o(x).view(10, 4, 4).transpose(0, 1) for o in (layer.toqk, layer.tok, layer.tov))
+    weights = (q@k.mT/2).masked_fill(torch.ones(10, 10).triu(1).bool(), -torch.inf).softmax(-1)
+    torch.testing.assert_close(layer.with_state(x)[0][0], layer.to_out((weights@v).transpose(0, 1).flatten(1)))
+
+def test_local_heads_see_their_window_and_the_one_before():
+    layer,x = attention_of(replace(short, attention='Local')),torch.randn(1, 40, 16)
+    q,v = (o(x).view(40, 4, 4).transpose(0, 1) for o in (layer.toqk, layer.tov))
+    i,j = torch.arange(40)[:,None],torch.arange(40)
+    seen = (j<i) & (i//16-j//16<=1)
+    seen[0,0] = True   # who sees nobody gets its own value
+    weights = (q@torch.nn.functional.normalize(q, dim=-1).mT).masked_fill(~seen, -torch.inf).softmax(-1)
+    torch.testing.assert_close(layer.with_state(x)[0][0], layer.to_out((weights@v).transpose(0, 1).flatten(1)))
+
+def test_one_stream_is_a_sum_of_residuals():
+    model,x = text.make(replace(short, attention='Full', variant='one stream')),torch.randn(1, 9, 16)
+    y = x
+    for f,g in model.reformer.layers.blocks:
+        y = y + f.fn(f.norm(y))
+        y = y + g.fn(g.norm(y))
+    torch.testing.assert_close(model.reformer(x), y)
+
+@torch.no_grad()
+def moved(model, place, other):
+    "How much another byte at a place changes what is said at another"
+    changed = noise[:,:64].clone()
+    changed[0,place] += 1 - 2*(changed[0,place]>200)
+    return (model(changed)-model(noise[:,:64]))[0,other].abs().max().item()
+
+def test_silenced_heads_say_nothing():
+    run = replace(short, variant='half local')
+    model = text.make(run).eval()
+    read = dict(text.ways(run, model))
+    assert list(read)==['no heads', 'no local heads', 'no LSH heads']
+    assert moved(model, 59, 60)>1e-6 and moved(read['no heads'], 59, 60)==0<moved(read['no heads'], 60, 60)
+    assert moved(read['no LSH heads'], 59, 60)>1e-6 and moved(read['no LSH heads'], 0, 63)<1e-6   # two layers see four windows of 16, less one
+    assert {'Full', 'Local', 'LSH-8'} < dict(text.ways(short, text.make(short))).keys()
+
+def test_later_bytes_are_found_to_tell(corpus):
+    def cheat(tokens): return torch.nn.functional.one_hot(tokens.roll(-1, dims=1), 256)*20.
+    found = text.leak(cheat, corpus.valid, 64, 2)
+    assert found['with_later']<.01 and found['alone']>20 and found['moved']>90 and found['bytes']==8
+    for run in (replace(short, attention='Full'), replace(short, variant='strict')):
+        found = text.leak(text.make(run).eval(), corpus.valid, 64, 2)
+        assert found['difference']==pytest.approx(0, abs=1e-3) and found['moved']==0
+
+def test_bits_are_those_of_all_windows(corpus):
+    model = text.make(short)
+    with torch.no_grad(): model.to_logits.weight.zero_(), model.to_logits.bias.zero_()
+    assert text.bits(model, corpus.valid, 64, 3)==pytest.approx(8) and model.training
+
+def test_a_text_run_is_written_once(tmp_path, corpus):
+    for run in (short, short, replace(short, attention='Full'), short): text.finish(run, corpus, tmp_path, most=2)
+    rows,curves,reads,leaks = (records.read(tmp_path/f'text{o}.csv') for o in ('', '_curves', '_reads', '_leak'))
+    assert [o['attention'] for o in rows]==['LSH-2', 'Full'] and [o['step'] for o in curves]==[2, 2] and len(leaks)==1
+    assert 0<=rows[0]['recall_mass']<=100 and rows[1]['recall_mass']=='' and rows[0]['corpus']=='noise'
+    assert len(reads)==7 and all(7<o['bits']<9 for o in reads)
+
+def test_reversible_or_not_trains_alike(corpus):
+    run = replace(short, attention='Full', steps=3)
+    (a,curve,_),(b,other,_) = (text.train(replace(run, variant=o), corpus) for o in ('', 'reversible'))
+    assert curve==other
+    for x,y in zip(a.parameters(), b.parameters()): torch.testing.assert_close(x, y)
 
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
