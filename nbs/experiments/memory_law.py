@@ -136,6 +136,30 @@ def fit(points, exponents):
     found = torch.linalg.lstsq(columns/unit, torch.ones_like(y)[:,None]).solution[:,0]/unit
     return found.tolist(),(columns@found-1).abs().max().item()
 
+def along(rows, axis, who, what):
+    "Points (x, bytes) of a model"
+    return [(o[varied[axis]], o[what]) for o in rows if o['who']==who]
+
+def exponents(rows, axis):
+    "Of each model: what the formula says, what is measured, and how far that is off"
+    for who,(wanted,term) in grows[axis].items():
+        saved,peak = (slope(along(rows, axis, who, k)) for k in ('saved', 'peak'))
+        x = [o for o,_ in along(rows, axis, who, 'saved')]
+        yield dict(model=who, values=f'{min(x)} to {max(x)}', term=term, formula=wanted, saved=round(saved, 2), off=round(saved-wanted, 2),
+                   peak=round(peak, 2), peak_off=round(peak-wanted, 2))
+
+def one_tensor(row, axis):
+    "Bytes that one tensor of the term which an axis is about takes for each unit of the axis; none for the depth"
+    pairs = row['heads']*(row['n_hashes']*2*row['bucket_size'] if row['who'] in hashing else 1)
+    return dict(length=4*row['b']*pairs, hidden=4*row['b']*row['n'], rounds=4*row['b']*row['n']*pairs//row['n_hashes']).get(axis)
+
+def sums(rows, axis, what='saved'):
+    "Of each model: bytes a + c·x, or a·x + c·x², fitted to what is measured, and how many tensors of the term c is"
+    for who,(wanted,_) in grows[axis].items():
+        (first,second),error = fit(along(rows, axis, who, what), (1, 2) if wanted==2 else (0, 1))
+        tensor = one_tensor(next(o for o in rows if o['who']==who), axis)
+        yield dict(model=who, a=round(first), c=round(second, 1), tensors=round(second/tensor, 2) if tensor else '', error=f'{100*error:.1f} %')
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('axes', nargs='*', default=list(settings), help='all if left out')
