@@ -5,9 +5,10 @@ import peer
 import pytest
 import torch
 from nbdev.config import get_config
+from reformer_nb.attention import full_attention
 
 sys.path.insert(0, str(get_config().nbs_path/'experiments'))
-import duplication, records, speed, text  # noqa: E402
+import duplication, memory_law, records, speed, text  # noqa: E402
 
 tiny = duplication.Run(length=64, chunk=16, steps=2)   # far too short to learn
 needs_peer = pytest.mark.skipif(bool(peer.missing()), reason=str(peer.missing()))
@@ -182,3 +183,59 @@ def test_memory_of_a_process_of_its_own():
     found = speed.in_own_process(1, 'layer', who='full attention', n=2048)
     assert found['gradients']==found['weights']==pytest.approx(3+4, abs=.1)   # three matrices of 512 x 512, and 2048 x 512 inputs
     assert .7*found['allocated']<found['peak']<5*found['allocated'] and found['seconds']>0
+
+@pytest.mark.parametrize('who', speed.attentions)
+def test_rows_of_one_chunk_attend_in_full(who):
+    (qk,v),step = speed.tokens_step(who, 64, 256)
+    out,grad = step()
+    torch.testing.assert_close(out, full_attention(qk, v, causal=True))
+    out.backward(grad)
+    assert qk.grad.shape==v.grad.shape==out.shape==(4, 2, 64, 64) and qk.grad.any() and v.grad.any()
+
+# ---- memory law ----------------------------------------------------------------------------------------------------
+
+def test_saved_bytes_of_a_known_case():
+    x,w = torch.ones(4, 8, requires_grad=True),torch.ones(8, 16, requires_grad=True)
+    def step():
+        y = (x@w).exp()   # the product keeps x and w, exp its result
+        return (y*y[:2].repeat(2, 1)).sin(),torch.ones(4, 16)   # y again, what is repeated, and their product
+    assert memory_law.saved_bytes([x, w], step)==(4*3*64, 4*3*64)
+    assert memory_law.saved_bytes([x], step)==(4*(3*64+8*16),)*2
+
+def test_saved_bytes_are_counted_until_they_are_released():
+    count,x = memory_law.SavedBytes(),torch.ones(256, requires_grad=True)
+    with count.hooks():
+        y = x.exp()
+        z = y.exp()*y
+        assert count.now==2*1024
+        z.sum().backward()
+    assert (count.now, count.most)==(0, 2*1024)
+
+def test_reversible_stacks_save_one_branch_at_a_time():
+    options = memory_law.common | dict(n=64, bucket_size=16, ff_hidden=1024, ff_chunks=16)
+    found = {(who, d): memory_law.measure(who, **options | dict(depth=d)) for who in memory_law.models for d in (2, 4)}
+    for who in memory_law.models:
+        few,many = found[who,2],found[who,4]
+        assert few['peak']+few['gradients']>=few['saved'] and few['gradients']<many['gradients']
+        buckets = 2*2*options['heads']*options['n_hashes']*options['n']*(who in memory_law.hashing)   # two bytes each, of two blocks
+        if 'reverse_thres' in memory_law.models[who]: assert 1.8<many['saved']/few['saved']<2.2 and few['saved']==few['kept']
+        else: assert many['saved']-few['saved']==many['kept']-few['kept']==buckets and few['kept']<few['saved']
+    saved = {who: o['saved'] for (who,d),o in found.items() if d==2}
+    assert saved['Transformer']>saved['reversible Transformer']>saved['chunked reversible Transformer']
+    assert saved['LSH Transformer']>saved['Reformer']>saved['Reformer, fused']
+
+def test_every_axis_is_measured_and_compared():
+    for axis in memory_law.settings:
+        rows = list(memory_law.cases(axis))
+        assert {who for who,_ in rows}==set(memory_law.grows[axis])
+        for who in memory_law.grows[axis]:
+            varied = [o[memory_law.varied[axis]] for w,o in rows if w==who]
+            assert len(set(varied))>=4 and len({str(o | {memory_law.varied[axis]: 0}) for w,o in rows if w==who})==1
+        assert len(list(memory_law.cases(axis, quick=True)))==2*len(memory_law.grows[axis])
+
+def test_growth_is_found():
+    points = [(x, 3*x + 5*x**2) for x in (1, 2, 4, 8)]
+    found,error = memory_law.fit(points, (1, 2))
+    assert found==pytest.approx([3, 5]) and error<1e-9
+    assert memory_law.fit(points, (0, 1))[1]>.1
+    assert memory_law.slope([(x, 7*x**1.5) for x in (1, 2, 4, 8)])==pytest.approx(1.5)

@@ -4,6 +4,7 @@
     core        seconds of the fused attention alone, beside the rate of a large matrix product
     rounds      seconds and peak memory of one layer against the number of hash rounds
     crossing    seconds of one layer of ours, hashed and with full attention, at short lengths
+    tokens      seconds of attention against length, with as many rows as make up a constant number of tokens
     memory      peak memory of one layer against length
     depth       peak memory of a training step against depth
     vocabulary  peak memory of a training step against the vocabulary
@@ -12,7 +13,8 @@
 
 Each part writes results/speed_<part>.csv, a row as soon as it is measured; `--quick` takes smaller sizes and writes to
 out/bench. Peak memory is that of a process of its own, above what it held before the step: weights and inputs. It counts
-gradients. It is read from /proc, so these parts need Linux.
+gradients. It is read from /proc, so these parts need Linux. `tokens` counts processor time with `--threads 1`, which
+other programs hardly change, and notes how busy the machine was.
 """
 import argparse, gc, itertools, json, os, statistics, subprocess, sys, time
 from pathlib import Path
@@ -80,6 +82,24 @@ def core_step(n, rounds=4):
     buckets = torch.randint(n//bucket_size, (1, heads, rounds, n), dtype=torch.int16)
     return [qk, v],lambda: (fused_lsh_attention(qk, v, buckets, bucket_size=bucket_size, causal=True), grad)
 
+# the attention of `tokens_step`: in full, with the matrix of weights kept and without, and hashed in so many rounds
+attentions = {'matrix kept': None, 'full': 0, 'LSH-1': 1, 'LSH-2': 2, 'LSH-4': 4, 'LSH-8': 8}
+
+def tokens_step(who, n, tokens, heads=2):
+    "Causal attention alone, hashing and sorting included: heads of 64, rows of length n that hold all `tokens`"
+    from reformer_nb.attention import full_attention
+    from reformer_nb.hasher import BucketHasher
+    from reformer_nb.head_attention import attend_fully
+    from reformer_nb.lsh import lsh_attention
+    torch.manual_seed(0)
+    qk,v,grad = (torch.randn(tokens//n, heads, n, 64, requires_grad=i<2) for i in range(3))
+    rounds = attentions[who]
+    if not rounds: attend = full_attention if rounds is None else attend_fully
+    else:
+        hasher = BucketHasher(rounds, bucket_size)
+        def attend(qk, v, causal): return lsh_attention(qk, v, hasher(qk), bucket_size=bucket_size, causal=causal)
+    return [qk, v],lambda: (attend(qk, v, causal=True), grad)
+
 def language_model_step(n, vocabulary, reversible=True, **options):
     "A language model of ours and its loss over all tokens; without reversibility all activations are kept"
     from reformer_nb import ReformerLM
@@ -109,20 +129,20 @@ steps = dict(layer=layer_step, core=core_step, model=language_model_step, exampl
 
 # ---- measuring -------------------------------------------------------------------------------------------------
 
-def timed(step):
+def timed(step, clock=time.perf_counter):
     "Seconds of the forward, and of forward and backward pass"
-    start = time.perf_counter()
+    start = clock()
     out,grad = step()
-    middle = time.perf_counter()
+    middle = clock()
     out.backward(grad)
-    return middle-start,time.perf_counter()-start
+    return middle-start,clock()-start
 
-def in_turns(steps, repeats, budget):
+def in_turns(steps, repeats, budget, clock=time.perf_counter):
     "Median seconds of each of `steps`, one after the other again and again: `repeats` times, or 3 if `budget` seconds are over"
     found,start = {k: [] for k in steps},time.perf_counter()
     for i in range(repeats+1):
         for k,step in steps.items():
-            seconds = timed(step)
+            seconds = timed(step, clock)
             if i: found[k].append(seconds)   # the first warms up
         if i>=3 and time.perf_counter()-start>budget: break
     medians = {k: [statistics.median(o) for o in zip(*v)] for k,v in found.items()}
@@ -208,6 +228,15 @@ def crossing(quick, threads):
         found = in_turns(ready, 3 if quick else 15, 10 if quick else 60)
         yield dict(n=n, hashed=found['reformer_nb']['both'], full=found['in_full']['both'])
 
+def tokens(quick, threads):
+    total = 2**12 if quick else 2**15
+    clock = time.process_time if threads==1 else time.perf_counter
+    for n in [2**i for i in range(10, 13 if quick else 16)]:
+        ready = {who: tokens_step(who, n, total)[1] for who in attentions if who!='matrix kept' or n<=4096}   # what fits
+        load = os.getloadavg()[0]
+        for who,found in in_turns(ready, 2 if quick else 7, 5 if quick else 120, clock).items():
+            yield dict(who=who, n=n, tokens=total, **found, clock=clock.__name__, load=round(load, 1))
+
 def memory(quick, threads):
     for n in (1024, 4096) if quick else [2**i for i in range(10, 17)]:
         for who in contestants:
@@ -242,7 +271,7 @@ def million(quick, threads):
     for n in (2**14,) if quick else (2**18, 2**20):
         yield dict(n=n, **in_own_process(threads, 'model', count=False, n=n, **options))
 
-parts = dict(layer=layer, core=core, rounds=rounds, crossing=crossing, memory=memory, depth=depth, vocabulary=vocabulary, example=example, million=million)
+parts = dict(layer=layer, core=core, rounds=rounds, crossing=crossing, tokens=tokens, memory=memory, depth=depth, vocabulary=vocabulary, example=example, million=million)
 
 def write(name, rows, folder):
     "Rows of a part to a new file, each as soon as it is there"
