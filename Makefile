@@ -34,6 +34,8 @@ bench:     $(VENV)/.dev ## time and memory beside the peers -> nbs/experiments/r
 	$(BIN)/python nbs/experiments/speed.py $(ARGS)
 experiments: $(VENV)/.dev ## what the tables of nbs/experiments still lack, in hours
 	$(BIN)/python nbs/experiments/duplication.py small ablation table half peers
+	$(BIN)/python nbs/experiments/text.py
+	$(BIN)/python nbs/experiments/memory_law.py
 	$(BIN)/python nbs/experiments/decoding.py
 	$(BIN)/python nbs/experiments/recurrence.py
 clean:     ## remove what builds and runs leave; .venv stays
