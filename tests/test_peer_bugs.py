@@ -223,7 +223,7 @@ def test_L14_autograd_grad():
         torch.autograd.grad(ours(x).square().mean(), list(ours.parameters()), create_graph=True)
 
 def run_ddp(rank, path, package, options):
-    "Gradients of one process of two; an error is written down, and ends the process at once, since closing the group could wait for the other one"
+    "Gradients of one process of two; an error is written down. Either way the process ends at once"
     try: ddp_gradients(rank, path, package, options)
     except Exception as e:
         Path(f'{path}/error').write_text(str(e))
@@ -237,7 +237,7 @@ def ddp_gradients(rank, path, package, options):
     ddp(ddp_batch()[rank::2]).square().mean().backward()
     if rank==0: torch.save([p.grad for p in model.parameters()], f'{path}/grads')
     dist.barrier()
-    dist.destroy_process_group()
+    os._exit(0)   # to take the group apart could wait for the other process
 
 def ddp_batch(): return torch.arange(4*64).view(4, 64)%50
 
