@@ -1,8 +1,11 @@
 "Settings of Sphinx, which reads what prep.py wrote"
-import re, sys
+import io, re, sys
 from pathlib import Path
 from docutils import nodes
+from pygments.formatters import HtmlFormatter
+from pygments.token import Comment, Generic, Keyword, String, Text
 from sphinx.domains.math import MathDomain
+from sphinx.highlighting import PygmentsBridge
 sys.path.insert(0, str(Path(__file__).parent))
 from common import cfg, root  # noqa: E402
 sys.path.insert(0, str(root))   # [source] pages show this checkout, whatever is installed
@@ -31,6 +34,7 @@ mathjax3_config = dict(loader=dict(load=['core', 'input/tex', 'output/chtml', 'a
 
 html_theme = 'furo'
 html_title = cfg.title
+templates_path = ['_templates']
 html_static_path = ['_static', str(root/'_proc'/'static')]
 html_css_files = ['custom.css']
 html_copy_source = False
@@ -38,6 +42,28 @@ html_show_sourcelink = False
 html_show_sphinx = False
 html_show_search_summary = False   # browsers do not let a page on disk fetch another
 html_theme_options = dict(top_of_page_buttons=[])
+
+class FewMarks(HtmlFormatter):
+    "Of code, keywords, strings and comments alone are marked, by short tags; of outputs, prompts and colours"
+    tags = {Keyword: 'b', String: 'i', Comment: 'u'}
+
+    def kind(self, o): return next((k for k in self.tags if o in k), o if o in Generic or o[:1]==('Color',) else Text)
+
+    def format_unencoded(self, tokens, to):
+        out = io.StringIO()
+        super().format_unencoded(((self.kind(o), s) for o,s in tokens), out)
+        short = {self._get_css_class(k): t for k,t in self.tags.items()}
+        res = re.sub(r'<span class="(k|s|c)">([^<]*)</span>', lambda m: '<{0}>{1}</{0}>'.format(short[m[1]], m[2]), out.getvalue())
+        to.write(re.sub(r'<pre><span></span>(?!\n)', '<pre>', res))   # browsers drop a line break that begins a block
+
+    def get_token_style_defs(self, arg=None):
+        def rule(kind, tag):
+            o = self.style.style_for_token(kind)
+            look = 'font: inherit; text-decoration: none' + '; font-weight: bold'*o['bold'] + '; font-style: italic'*o['italic']
+            return f'{arg} {tag} {{ color: #{o["color"]}; {look} }}'
+        return [*(o for o in super().get_token_style_defs(arg) if '/* Generic' in o), *(rule(*o) for o in self.tags.items())]
+
+PygmentsBridge.html_formatter = FewMarks
 
 class PaperMath(MathDomain):
     "A labelled equation carries the number of its tag, which is the paper's, or none"

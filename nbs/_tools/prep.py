@@ -84,7 +84,7 @@ def entry(name, o, mod, syms, fields=True, kind=None, opts=(), bound=False):
     lines = [f'<span id="{o.__qualname__.lower()}"></span>', ''] if hasattr(o, '__qualname__') else []
     fence = '`'*(6 if kind=='class' else 5)
     if kind=='data': doc = ''
-    lines += [f'{fence}{{py:{kind}}} {name}{sig.text}', f':module: {mod}', *opts, '', inline(doc, syms), '']
+    lines += [f'{fence}{{py:{kind}}} {name}{sig.text}', f':module: {mod}', ':no-index-entry:', *opts, '', inline(doc, syms), '']
     for p,doc in sig.docs.items() if fields else ():
         if not doc: continue
         doc = inline(' '.join(doc.split()).replace('*', r'\*'), syms)
@@ -193,8 +193,10 @@ def main(dest):
         page,copy = at.parent/slug(p),dest/'notebooks'/at
         for d in (copy.parent, (dest/page).parent): d.mkdir(parents=True, exist_ok=True)
         nb = json.loads(p.read_text(encoding='utf-8'))
+        nb['nbformat_minor'] = 4   # whose cells need no ids
         for cell in nb['cells']:
             cell['source'] = ''.join(cell['source'])
+            del cell['id']
             if 'outputs' in cell: cell['outputs'] = []   # the page shows them, and a run makes them again
         copy.write_text(json.dumps(nb, ensure_ascii=False, separators=(',', ':')), encoding='utf-8')
         nbformat.write(convert(p, syms), dest/f'{page}.ipynb')
