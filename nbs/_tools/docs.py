@@ -2,7 +2,8 @@
 
 `--check` builds nothing: it fails where docs/ was made from other inputs than those of the working tree.
 """
-import hashlib, re, shutil, subprocess, sys
+import hashlib, json, re, shutil, subprocess, sys
+from functools import cache
 from importlib.metadata import files
 from pathlib import Path
 from common import cfg, rel, root
@@ -39,30 +40,60 @@ def mathjax(dest):
 
 def source_page(html):
     "The code of a module, and a way back"
-    head,root,code = (re.search(o, html, flags=re.S) for o in ('.*?</head>', 'data-content_root="([^"]*)"', '<article.*?</article>'))
+    title,root,code = (re.search(o, html, flags=re.S)[1] for o in ('<title>(.*?)</title>', 'data-content_root="([^"]*)"', '(<article.*?</article>)'))
+    styles = ''.join(f'<link rel="stylesheet" href="{root}_static/{o}.css">' for o in ('styles/furo', 'pygments', 'custom'))
     theme = 'document.body.dataset.theme = localStorage.getItem("theme") || "auto"'
-    return (f'{head[0]}<body><script>{theme}</script><main style="max-width:64rem;margin:2rem auto;padding:0 1rem">'
-            f'<a href="{root[1]}index.html">{cfg.title}</a>{code[0]}</main></body></html>\n')
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<meta name="color-scheme" content="light dark"><title>{title}</title>{styles}</head><body><script>{theme}</script>'
+            f'<main class="source"><a href="{root}index.html">{cfg.title}</a>{code}</main></body></html>\n')
 
-# light or dark, as the system has it: a disc half filled
-half = '<symbol id="svg-half" viewBox="0 0 24 24"><circle cx="12" cy="12" r="8" fill="none" stroke="currentColor"/><path d="M12 4a8 8 0 0 1 0 16z" fill="currentColor"/></symbol>'
+unstyled = {'basic.css', 'skeleton.css', 'debug.css', 'plus.png', 'minus.png', 'file.png'}   # of themes other than this
 
-def lean(html, source=False):
-    "A page without what differs between machines or nobody sees: versions of tools, marks around all but keywords, strings and comments in code, names that pop up over links to them, pictures of no button, indentation; of `source` pages only the code is left"
+def styled(folder):
+    "What style sheets and scripts know elements by: `(tag, classes)`, the tag empty if any will do"
+    res = {('', frozenset({o})) for p in folder.glob('**/*.js') if 'mathjax' not in p.parts for o in re.findall(r'[\w-]{4,}', p.read_text(encoding='utf-8'))}
+    res |= {('', frozenset({o})) for o in ('math', 'tex2jax_ignore', 'mathjax_ignore', 'tex2jax_process', 'mathjax_process')}
+    for p in folder.glob('**/*.css'):
+        for selector in re.findall(r'([^{}]+)\{', re.sub(r'/\*.*?\*/', '', p.read_text(encoding='utf-8'), flags=re.S)):
+            res |= {(tag, frozenset(names.split('.')[1:])) for tag,names in re.findall(r'([a-z0-9]*)((?:\.[a-zA-Z][\w-]*)+)', selector)}
+    return res
+
+def lean(html, known):
+    "A page without what differs between machines or nobody sees: versions of tools, classes by which no rule of `known` takes an element, names that pop up over links to them, indentation"
     html = re.sub(r'<!-- Generated with .*? -->', '', html)
     html = re.sub(r'(<a class="[^"]*" href="[^"]*") title="[^"]*"', r'\1', html)
-    for o in (' nohighlight"', ' notranslate"', ' internal"'): html = html.replace(o, '"')   # of no style
-    html = html.replace('class="docutils literal', 'class="literal')
-    html = re.sub(r'(class="[^"]*) docutils (container|literal)', r'\1 \2', html)
-    html = re.sub(r'<span class="(?:default_value|sig-paren|sig-return|sig-return-icon|sig-return-typehint)">', '<span>', html)
-    html = re.sub(r'#svg-(?:sun-with-moon|moon-with-sun)"', '#svg-half"', html).replace('<symbol id="svg-sun"', half+'<symbol id="svg-sun"')
     html = html.replace('class="caption" role="heading"', 'class="caption" role="heading" aria-level="2"')   # a heading needs a level
-    used = set(re.findall(r'href="#(svg-[\w-]+)"', html))   # pictures of buttons
-    html = re.sub(r'<symbol id="([\w-]+)".*?</symbol>', lambda m: m[0] if m[1] in used else '', html, flags=re.S)
-    marks = r'[a-z]{1,3}\d?' if source else 'n|nn|nc|nd|nf|nb|ne|o|ow|p|w|mi|mf|kc|bp|si|se|sa|fm|vm|pre'
-    for _ in range(2): html = re.sub(f'<span class="(?:{marks})">([^<]*)</span>', r'\1', html)   # some stand in others
-    html = ''.join(o if o.startswith('<pre') else re.sub(r'\n\s+', '\n', o) for o in re.split(r'(<pre.*?</pre>)', html, flags=re.S))
-    return source_page(html) if source else html
+    html = re.sub(r'<(em|span) class="sig-(?:paren|param)">(.*?)</\1>', r'\2', html)   # they look as their surroundings do
+    @cache
+    def kept(tag, names):
+        have = set(names.split())
+        return ' '.join(o for o in names.split() if o.startswith('highlight-') or any(o in c and c<=have and t in ('', tag) for t,c in known))
+    def bare(m): return m[0] if kept('span', m[1]) else m[2]
+    for _ in range(3): html = re.sub(r'<span class="([^"]*)">([^<]*)</span>', bare, html)   # some stand in others
+    def classes(m):
+        names = kept(m[2], m[3])
+        return m[1] + (f' class="{names}"' if names else '')
+    html = re.sub(r'(<([a-z0-9]+)[^<>]*?) class="([^"]*)"', classes, html)
+    return ''.join(o if o.startswith('<pre') else re.sub(r'\n\s+', '\n', o) for o in re.split(r'(<pre.*?</pre>)', html, flags=re.S))
+
+def contents(site):
+    "The list of pages in the sidebar, which each page but the first takes from a script"
+    tree = re.search(r'<div class="sidebar-tree">(.*?)</div>', (site/'index.html').read_text(encoding='utf-8'), flags=re.S)[1]
+    script = """// the list of pages, which is the same on each of them
+{
+  const {parentElement: tree, dataset: {page}} = document.currentScript
+  tree.innerHTML = %s
+  for (const a of tree.querySelectorAll('a')) {
+    if (a.getAttribute('href') == page + '.html') {
+      for (const o of [a, a.parentElement]) o.classList.add('current')
+      a.parentElement.classList.add('current-page')
+      a.setAttribute('aria-current', 'page')
+    }
+    a.setAttribute('href', document.documentElement.dataset.content_root + a.getAttribute('href'))
+  }
+}
+"""
+    (site/'_static'/'contents.js').write_text(script % json.dumps(tree, ensure_ascii=False), encoding='utf-8')
 
 def build():
     shutil.rmtree(work, ignore_errors=True)
@@ -71,7 +102,12 @@ def build():
     python(here/'prep.py', work/'src')
     python('-m', 'sphinx', '-q', '-W', '--keep-going', '-c', here, '-d', work/'doctrees', work/'src', work/'html')
     for p in [work/'html'/'.buildinfo', *(work/'html').rglob('*.map')]: p.unlink(missing_ok=True)   # of no use to readers
-    for p in (work/'html').rglob('*.html'): p.write_text(lean(p.read_text(encoding='utf-8'), '_modules' in p.parts), encoding='utf-8')
+    for o in unstyled: (work/'html'/'_static'/o).unlink(missing_ok=True)
+    known = styled(work/'html'/'_static')
+    for p in (work/'html').rglob('*.html'):
+        html = lean(p.read_text(encoding='utf-8'), known)
+        p.write_text(source_page(html) if '_modules' in p.parts else html, encoding='utf-8')
+    contents(work/'html')
     (work/'html'/'.nojekyll').touch()   # GitHub Pages: serve folders whose names start with _
     shutil.rmtree(docs, ignore_errors=True)
     shutil.move(work/'html', docs)
