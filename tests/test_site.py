@@ -1,10 +1,10 @@
 "The committed site works from disk, without a network"
-import contextlib, html, json, os, re, shutil, signal, subprocess, sys, time
+import contextlib, html, itertools, json, os, re, shutil, signal, subprocess, sys, time
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
-import pytest
+import nbformat, pytest
 from nbdev.config import get_config
 
 docs = get_config().doc_path
@@ -26,6 +26,8 @@ class Page(HTMLParser):
         if d.get('src'): self.loads.append(d['src'])
         if tag=='link' and d.get('rel') in ('stylesheet','icon','preload'): self.loads.append(d['href'])
 
+def shows(page): return page.read_text(encoding='utf-8') if page.exists() else ''
+
 parsed = {p: Page(p) for p in pages}
 
 @pytest.mark.parametrize('page', pages, ids=[p.relative_to(docs).as_posix() for p in pages])
@@ -37,6 +39,49 @@ def test_links(page):
         to = (page.parent/unquote(u.path)).resolve() if u.path else page
         assert to.is_file(), f'{url}: no such file'
         if u.fragment and to.suffix=='.html': assert unquote(u.fragment) in parsed[to].ids, f'{url}: no such anchor'
+
+course = [p.relative_to(docs).as_posix() for p in pages if 'class="cell ' in shows(p)]   # those made from notebooks that run
+
+def test_every_page_is_reached():
+    "From the list of pages, without scripts too, and page after page from the first to the last"
+    def to(page, link):
+        found = re.search(f'<a class="{link}" href="([^"]*)"', page.read_text(encoding='utf-8'))
+        return found and (page.parent/found[1]).resolve()
+    home = docs/'index.html'
+    listed = [docs/o for o in parsed[home].links if o.endswith('.html') and o!='index.html']
+    page,passed = home,[]
+    while page := to(page, 'next-page'): passed.append(page); assert to(page, 'prev-page')==(passed[-2:-1] or [home])[0]
+    assert {docs/o for o in course} - {home} <= set(passed) <= set(listed)
+    for o in course: assert o=='index.html' or '<noscript><a ' in shows(docs/o)
+
+def test_home_says_what_and_for_whom():
+    "In its first paragraphs"
+    text = re.sub('<[^>]*>', '', re.search('<article.*?</article>', shows(docs/'index.html'), flags=re.S)[0])[:1000]
+    assert 'Reformer' in text and 'is for those who' in text
+
+def test_downloads_are_the_notebooks():
+    "Without outputs, and valid"
+    sources = {p.name: p for p in get_config().nbs_path.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts}
+    for page in course:
+        link, = [o for o in parsed[docs/page].links if o.endswith('.ipynb') and not urlsplit(o).netloc]
+        nb = nbformat.read((docs/page).parent/link, 4)
+        nbformat.validate(nb)
+        assert [c.source for c in nb.cells]==[c.source for c in nbformat.read(sources[Path(link).name], 4).cells]
+        assert not any(c.get('outputs') for c in nb.cells)
+
+def test_pictures_and_symbols():
+    "Each picture says in words what it shows, each symbol of the library links to its source"
+    for o in course:
+        text = shows(docs/o)
+        for img in re.findall('<img [^>]*>', text): assert re.search(r'alt="[^"]{10,}"', img), f'{o}: {img}'
+        for entry in re.findall('<dt class="sig.*?</dt>', text, flags=re.S): assert '[source]' in entry, f'{o}: {entry}'
+
+def test_code_is_marked():
+    "Keywords, strings and comments, in pages and in sources, by tags that a style sheet colours in light and in dark"
+    style = shows(docs/'_static'/'pygments.css')
+    for page,tag in itertools.product(('hashing.html', '_modules/reformer_nb/hashing.html'), 'biu'):
+        assert f'<{tag}>' in shows(docs/page)
+        for scheme in ('', 'body[data-theme="dark"] '): assert f'\n{scheme}.highlight {tag} {{ color' in style
 
 def test_size(): assert sum(p.stat().st_size for p in docs.rglob('*') if p.is_file()) < 10e6
 
@@ -59,11 +104,16 @@ console.error = (...a) => errors.push(a.join(' '))
 addEventListener('load', async () => {
   await window.MathJax?.startup?.promise
   await document.fonts.ready
+  const theme = document.querySelector('.theme-toggle-content .theme-toggle')
+  for (let i = 0; location.search == '?toggle' && i < 3 && document.body.dataset.theme != 'dark'; i++) theme.click()
   const faults = location.search == '?axe' ? (await axe.run({resultTypes: ['violations']})).violations : []
   document.documentElement.setAttribute('seen', JSON.stringify({errors,
     faults: faults.filter(o => ['serious', 'critical'].includes(o.impact)).flatMap(o => o.nodes.map(n => o.id + ': ' + n.html.slice(0, 200))),
     background: getComputedStyle(document.body).backgroundColor.match(/\d+/g).map(Number),
     too_wide: document.documentElement.scrollWidth - innerWidth,
+    here: [...document.querySelectorAll('.sidebar-tree [aria-current=page]')].map(o => o.href),
+    code: document.querySelectorAll('.highlight pre').length,
+    copy: document.querySelectorAll('.highlight button.copybtn').length,
     math: document.querySelectorAll('mjx-container mjx-c').length,
     fonts: [...document.fonts].filter(o => o.status == 'error').map(o => o.family),
     failed: document.querySelectorAll('mjx-merror').length,
@@ -118,16 +168,14 @@ def visit(site, page, query='', options=()):
     dom = print_of(cmd, site.parent/f'{Path(page).stem}.dom')
     return dom, json.loads(html.unescape(re.search(r'<html[^>]* seen="([^"]*)"', dom)[1]))
 
-def shows(page): return page.read_text(encoding='utf-8') if page.exists() else ''
-
-course = [p.relative_to(docs).as_posix() for p in pages if 'class="cell ' in shows(p)]
-
 @browser
 @pytest.mark.parametrize('page', course)
 def test_page_in_browser(site, page):
     text = shows(docs/page)
-    dom,seen = visit(site, page)
+    dom,seen = visit(site, page, options=['--window-size=390,844'])
     assert not seen['errors'] and not seen['broken'] and not seen['failed'] and not seen['fonts']
+    assert seen['too_wide']<=0 and seen['copy']==seen['code']>0
+    assert page=='index.html' or seen['here']==[(site/page).as_uri()]
     if 'class="math' in text: assert seen['math'], 'no formula is drawn'
     assert seen['plots'] >= text.count('<img alt="_images')
     for o in course: assert page==o or Path(o).name in dom, f'{o} is not in the sidebar'
@@ -144,6 +192,11 @@ def test_everybody_can_read_it(site, page, scheme, size):
     assert not seen['errors'] and not seen['faults']
     assert (sum(seen['background'][:3])<3*128)==(scheme==dark)
     assert seen['too_wide']<=0
+
+@browser
+def test_the_reader_chooses_dark(site):
+    _,seen = visit(site, 'hashing.html', '?toggle', [light])
+    assert not seen['errors'] and sum(seen['background'][:3])<3*128
 
 @browser
 @pytest.mark.parametrize('words', ['look-back', 'hash_vectors'])
