@@ -41,7 +41,7 @@ def mathjax(dest):
 def source_page(html):
     "The code of a module, and a way back"
     title,root,code = (re.search(o, html, flags=re.S)[1] for o in ('<title>(.*?)</title>', 'data-content_root="([^"]*)"', '(<article.*?</article>)'))
-    styles = ''.join(f'<link rel="stylesheet" href="{root}_static/{o}.css">' for o in ('styles/furo', 'pygments', 'custom'))
+    styles = ''.join(f'<link rel="stylesheet" href="{root}_static/{o}.css">' for o in ('pygments', 'styles/furo', 'custom'))
     theme = 'document.body.dataset.theme = localStorage.getItem("theme") || "auto"'
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f'<meta name="color-scheme" content="light dark"><title>{title}</title>{styles}</head><body><script>{theme}</script>'
@@ -67,9 +67,13 @@ def lean(html, known):
     @cache
     def kept(tag, names):
         have = set(names.split())
-        return ' '.join(o for o in names.split() if o.startswith('highlight-') or any(o in c and c<=have and t in ('', tag) for t,c in known))
+        return ' '.join(o for o in names.split() if tag=='dl' or o.startswith('highlight-') or any(o in c and c<=have and t in ('', tag) for t,c in known))
     def bare(m): return m[0] if kept('span', m[1]) else m[2]
-    for _ in range(3): html = re.sub(r'<span class="([^"]*)">([^<]*)</span>', bare, html)   # some stand in others
+    def plain(m):
+        s = m[0]
+        for _ in range(3): s = re.sub(r'<span class="([^"]*)">([^<]*)</span>', bare, s)   # some stand in others
+        return s
+    html = re.sub(r'<dt class="sig .*?</dt>|<code .*?</code>', plain, html, flags=re.S)
     def classes(m):
         names = kept(m[2], m[3])
         return m[1] + (f' class="{names}"' if names else '')
