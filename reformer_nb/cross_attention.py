@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from .core import as_mask, check_int, check_rate
-from .replay import compute_in_blocks
+from .in_blocks import compute_in_blocks
 from .shared_qk import check_heads
 
 # %% ../nbs/09b_cross_attention.ipynb #check-context

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from .core import Config, accept_names, as_mask, upcast
-from .replay import compute_in_blocks
+from .in_blocks import compute_in_blocks
 from .reversible import in_shares
 
 # %% ../nbs/10b_next_token.ipynb #check-tensor

@@ -5,18 +5,15 @@
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'same_rng_state', 'replay_rng', 'replay_modes', 'autocast_settings', 'replay_autocast',
            'watch_buffers', 'Circumstances', 'save_nothing', 'named_weights', 'check_leaves', 'needs_grad',
-           'check_arguments', 'check_output', 'check_state', 'sample', 'coarsest', 'drift', 'JoinBlocks',
-           'compute_in_blocks']
+           'check_arguments', 'check_output', 'check_state', 'sample', 'coarsest', 'drift']
 
 # %% ../nbs/06b_replay.ipynb #imports
-from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 import math
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
-from .core import check_int, upcast
+from .core import upcast
 
 # %% ../nbs/06b_replay.ipynb #rng-state
 def rng_state(
@@ -104,10 +101,10 @@ def watch_buffers(
 class Circumstances:
     "What a call depends on, other than arguments, weights and buffers, as it is now"
     def __init__(self,
-        module:nn.Module, # about to be called
+        module:nn.Module|None, # about to be called; None for a function
         device:torch.device, # of its input
     ):
-        self.modes,self.device = [(o, o.training) for o in module.modules()],device
+        self.modes,self.device = [(o, o.training) for o in module.modules()] if module else [],device
         self.rng,self.autocast = rng_state(device),autocast_settings(device)
 
     @contextmanager
@@ -221,51 +218,3 @@ def drift(
     "How far a second output is from the first, as a share of what is allowed"
     allowed = min(.1, precision**(1/3))*first.norm() + 100*torch.finfo(x.dtype).eps*sample(x).norm()
     return (sample(out)-first).norm()/allowed
-
-# %% ../nbs/06b_replay.ipynb #join-blocks
-class JoinBlocks(torch.autograd.Function):
-    "Concatenates blocks; its backward pass refuses if what they were made of has been overwritten"
-    @staticmethod
-    def forward(
-        dim:int, # the dimension to join
-        count:int, # how many of the tensors are blocks
-        *tensors:Tensor, # the blocks, then what they were made of
-    )->Tensor:
-        "Concatenate"
-        return torch.cat(tensors[:count], dim=dim)
-
-    @staticmethod
-    def setup_context(
-        ctx:object, # of this call
-        inputs:tuple, # what `forward` was given
-        output:Tensor, # what it returned
-    )->None:
-        "Note the lengths, and save the sources: autograd compares their versions"
-        dim,count,*tensors = inputs
-        ctx.dim,ctx.lengths = dim,[o.shape[dim] for o in tensors[:count]]
-        ctx.save_for_backward(*tensors[count:])
-
-    @staticmethod
-    def backward(
-        ctx:object, # of this call
-        dy:Tensor, # gradient of the output
-    )->tuple: # gradients of what `forward` was given
-        "Cut the gradient into blocks"
-        sources = ctx.saved_tensors   # raises if one of them was overwritten
-        return None,None,*dy.split(ctx.lengths, dim=ctx.dim),*[None for _ in sources]
-
-# %% ../nbs/06b_replay.ipynb #compute-in-blocks
-def compute_in_blocks(
-    fn:Callable, # given a block of each tensor in `cut`, then those in `whole`; uses no other that wants a gradient
-    cut:tuple, # tensors that are cut along `dim`
-    whole:tuple=(), # tensors that every block needs
-    *,
-    size:int, # length of a block
-    dim:int=0, # the dimension to cut
-)->Tensor: # the results of `fn`, joined along `dim`
-    "`fn` of one block after the other, of which autograd keeps nothing; the backward pass computes it again"
-    check_int('size', size)
-    def again(*args): return checkpoint(fn, *args, use_reentrant=False)
-    run = again if torch.is_grad_enabled() else fn
-    blocks = [run(*o, *whole) for o in zip(*(o.split(size, dim=dim) for o in cut))]
-    return JoinBlocks.apply(dim, len(blocks), *blocks, *(o.detach() for o in (*cut, *whole)))

@@ -212,6 +212,7 @@ def run_backward(
 )->tuple: # x1 and x2, each with its rest, their gradients, those of the leaves or None, and a drift for each branch
     "Undo one branch at a time, and collect gradients"
     streams = [(x, rest.clone()) for x,rest in streams]   # for a second backward pass, since rests are changed
+    room = [torch.empty_like(o) if o.requires_grad else None for o in leaves]
     d_streams,d_leaves,drifts = list(d_streams),[None]*len(leaves),[]
     precision = coarsest(call.dtype, call.then[0].autocast)
     for k in reversed(range(len(call.branches))):
@@ -221,8 +222,8 @@ def run_backward(
         drifts.append(drift(out, call.samples[k], x, precision))
         streams[to] = add_to_stream(streams[to], -out)
         d_streams[1-to] = d_streams[1-to] + dx
-        for i,d in found.items(): d_leaves[i] = d if d_leaves[i] is None else d_leaves[i] + d
-        del out,dx   # the next branch needs the room
+        for i in found: d_leaves[i] = room[i].copy_(found[i]) if d_leaves[i] is None else d_leaves[i].add_(found[i])
+        del out,dx,found   # the next branch needs the room
     return streams,d_streams,d_leaves,drifts
 
 # %% ../nbs/08_reversible.ipynb #check-drift
