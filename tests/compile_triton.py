@@ -6,6 +6,7 @@ from triton.language import constexpr
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 from reformer_nb.triton_forward import forward_kernel, n_warps, tile_rows
+from reformer_nb.triton_hashing import hash_kernel, hash_tile
 from reformer_nb.triton_lsh import backward_kernel, delta_kernel
 from reformer_nb.triton_tiles import KernelCall
 
@@ -36,6 +37,9 @@ def compiled(dtype, m, d, rare):
     call = call._replace(tile=constexpr(tile_rows(m, row, 4096)))
     yield 'delta',call.tile.value,used(delta_kernel.warmup(x, x, f32, call, **options))
     yield 'backward',call.tile.value,used(backward_kernel.warmup(x, x, x, f32, f32, f32, f32, x, x, call, 2, **options))
+    tile = hash_tile(d)
+    digits = ((f32, 1, 64, 0, i32),(f32, 8, 18, 0, i32)) if rare else ((f32, 1, 64, 128, None),)
+    yield 'hash',tile,used(hash_kernel.warmup(x, digits, MockTensor(torch.int16), flag if rare else None, 2304, 8, 8192, 8192*8*d, d, 8*d, 4, d, tile, tile, grid=(1,)))
 
 if __name__=='__main__':
     driver.set_active(Absent())

@@ -6,12 +6,16 @@ from itertools import product
 import grids
 import pytest
 pytest.importorskip('triton')
+from reformer_nb import buckets as buckets_module
 from reformer_nb import triton_forward, triton_lsh, triton_tiles
+from reformer_nb.buckets import assign_buckets, bucket_digits, split_counts
 from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.hasher import BucketHasher
+from reformer_nb.hashing import random_rotations
 from reformer_nb.self_attention import LSHSelfAttention
 from reformer_nb.strict import strict_attention_oracle
 from reformer_nb.triton_forward import tile_rows
+from reformer_nb.triton_hashing import hash_on_gpu
 from reformer_nb.triton_lsh import triton_lsh_attention
 
 device = 'cuda' if torch.cuda.is_available() else 'cpu'
@@ -158,6 +162,66 @@ def test_second_derivatives_raise():
     qk.requires_grad_()
     dqk, = torch.autograd.grad(triton_lsh_attention(qk, v, buckets, **options).sum(), qk, create_graph=True)
     with pytest.raises(RuntimeError, match='second derivatives'): dqk.pow(2).sum().backward()
+
+widths = list(product((16, 24, 64, 80, 128, 256), (torch.half, torch.float)))
+
+@pytest.mark.parametrize('d,dtype', grids.sample(widths, 4))
+def test_head_widths(d, dtype):
+    "Powers of two and not, queries and values of different width"
+    qk,v = draw(1, 1, 20, d, seed=1, dtype=dtype),draw(1, 1, 20, max(16, d-6), seed=2, dtype=dtype)
+    buckets,options = BucketHasher(2, 16).eval()(qk),dict(bucket_size=16, causal=True, scale=d**-.5)
+    found = results(triton_lsh_attention, qk, v, buckets, **options)
+    wanted = results(lsh_attention_oracle, qk.double(), v.double(), buckets, **options)
+    for a,b in zip(found, wanted): assert (a-b).norm() < (2**-9 if dtype==torch.half else 1e-5)*b.norm()
+
+# ---- hashing -------------------------------------------------------------------------------------------------------
+
+def on_device(o): return tuple(map(on_device, o)) if isinstance(o, tuple) else o.to(device) if isinstance(o, torch.Tensor) else o
+
+def same_ids(found, wanted):
+    "Equal but for ties"
+    assert found.dtype==wanted.dtype and (found.cpu()!=wanted).float().mean() < 1e-3
+
+hash_grid = list(product((1, 33, 70), (6, 16, 100), (1, 3), (1, 2, 4), ((2,), (34,), (4, 6), (2, 4, 6), 'rows'), (False, True),
+                         (torch.float, torch.half, torch.bfloat16)))
+
+@pytest.mark.parametrize('n,d,r,heads,factors,masked,dtype', grids.sample(hash_grid, 24, seed=2))
+def test_hash_kernel_equals_the_hash(n, d, r, heads, factors, masked, dtype):
+    "Of two rows and two heads; rotations for all, for each head, and for each row and head"
+    vecs,mask = draw(2, n, 2, d, seed=1, dtype=dtype).transpose(1, 2),torch.arange(n) < torch.tensor([[n], [max(1, n//2)]])
+    sizes,counts = (factors,factors) if factors!='rows' else ((128, 12),split_counts(torch.tensor([144, 10])))
+    drawn = tuple(random_rotations(d, f, n_hashes=r, n_heads=heads, generator=torch.Generator().manual_seed(f)) for f in sizes)
+    wanted = assign_buckets(vecs.cpu(), drawn, counts, mask=mask if masked else None, n_ids=2000)
+    same_ids(hash_on_gpu(vecs, bucket_digits(on_device(drawn), on_device(counts)), mask.to(device) if masked else None, 2000), wanted)
+
+def test_hash_kernel_ties_zeros_and_layouts():
+    "Small integers, whose products are exact: the first of equal ends counts, in any order of memory"
+    whole = lambda *shape: torch.randint(-1, 2, shape, generator=torch.Generator().manual_seed(0)).float()
+    vecs,turn = whole(2, 3, 50, 5),whole(1, 5, 2, 20)
+    vecs[:,:,:7] = 0
+    wanted = assign_buckets(vecs, turn, 40)
+    for x in (vecs, vecs.mT.contiguous().mT, vecs.transpose(0, 2).contiguous().transpose(0, 2)):
+        assert torch.equal(hash_on_gpu(x.to(device), bucket_digits(turn.to(device), 40), None, 40).cpu(), wanted)
+    assert not wanted[:,:,:,:7].any() and len(wanted.unique())>20
+
+@pytest.mark.parametrize('options', (dict(), dict(n_buckets=(4, 6)), dict(random_rotations_per_head=True), dict(hash_seed=None), dict(drop_for_hash_rate=.2)))
+def test_a_hasher_calls_the_kernel(monkeypatch, options):
+    "Where `kernel_hashes` says so, with rows on both sides of the limit of one digit"
+    vecs,mask = draw(2, 2, 600, 8, seed=1),torch.arange(600) < torch.tensor([[600], [70]])
+    ids = []
+    for able in (True, False):
+        monkeypatch.setattr(buckets_module, 'kernel_hashes', lambda vecs, n_best: able)
+        torch.manual_seed(0)
+        ids.append(BucketHasher(2, 4, **options).train()(vecs, mask.to(device)))
+    same_ids(ids[0], ids[1].cpu())
+
+@pytest.mark.cuda
+def test_hashers_on_a_gpu_take_the_kernel():
+    x = draw(1, 2, 100, 64, seed=1)
+    assert buckets_module.kernel_hashes(x, 1) and not buckets_module.kernel_hashes(x.double(), 1)
+    for o in (BucketHasher(2, 4).eval(),): same_ids(o(x), o(x.cpu()))
+
+# ---- without and with a GPU ----------------------------------------------------------------------------------------
 
 def test_kernels_compile_for_an_h100(tmp_path):
     "Without a GPU: what stays in registers; under --all also that the rarer options and sizes compile"
