@@ -73,9 +73,9 @@ def hash_kernel(
 # %% ../nbs/05f_triton_hashing.ipynb #hash-tile
 def hash_tile(
     d:int, # width of the vectors
-)->int: # a power of two, 16 to 64
+)->tuple: # positions and columns, powers of two
     "How many positions a program hashes, and how many columns it turns them by at a time"
-    return max(16, min(64, 4096//triton.next_power_of_2(d)))
+    return 64 if d<=128 else 32,max(16, min(64, 2048//triton.next_power_of_2(d)))
 
 # %% ../nbs/05f_triton_hashing.ipynb #hash-on-gpu
 def hash_on_gpu(
@@ -93,10 +93,10 @@ def hash_on_gpu(
         check_rotations(vecs, columns, factor if by_row else None)
         columns,factors = columns.float().contiguous(),factor.int().contiguous() if by_row else None
         given.append((columns, len(columns), columns.shape[-1], 0 if by_row else factor, factors))
-    x,tile = vecs.detach(),hash_tile(d)
+    x,(tile,block) = vecs.detach(),hash_tile(d)
     if x.stride(-1)!=1: x = x.contiguous()
     ids = torch.empty(b, h, r, n, dtype=id_dtype(n_ids+1), device=vecs.device)
     hidden = None if mask is None else mask.contiguous()
     with torch.cuda.device_of(x):
-        hash_kernel[triton.cdiv(n, tile),b*h](x, tuple(given), ids, hidden, n_ids, h, n, *x.stride()[:3], r, d, tile, tile)
+        hash_kernel[triton.cdiv(n, tile),b*h](x, tuple(given), ids, hidden, n_ids, h, n, *x.stride()[:3], r, d, tile, block)
     return ids

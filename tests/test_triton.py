@@ -1,5 +1,5 @@
 "The GPU kernels under Triton's interpreter, or on a GPU where there is one; and whether they compile for one"
-import os, random, runpy, subprocess, sys
+import os, random, runpy, shutil, subprocess, sys
 import torch
 if not torch.cuda.is_available(): os.environ['TRITON_INTERPRET'] = '1'   # before Triton is imported
 from itertools import product
@@ -238,12 +238,25 @@ def test_hashers_on_a_gpu_take_the_kernel():
 
 # ---- without and with a GPU ----------------------------------------------------------------------------------------
 
-def test_kernels_compile_for_an_h100(tmp_path):
-    "Without a GPU: what stays in registers; under --all also that the rarer options and sizes compile"
+@pytest.mark.parametrize('arch', (90, pytest.param(75, marks=pytest.mark.slow)))
+def test_kernels_compile(tmp_path, arch):
+    "Without a GPU, for an H100: what stays in registers; under --all also that the rarer options and sizes compile, and for a T4"
     env = {k: v for k,v in os.environ.items() if k!='TRITON_INTERPRET'} | dict(TRITON_CACHE_DIR=str(tmp_path))
-    args = ['--all'] if grids.whole else []
+    args = [str(arch)] + (['--all'] if grids.whole and arch==90 else [])
     res = subprocess.run([sys.executable, os.path.join(os.path.dirname(__file__), 'compile_triton.py'), *args], env=env, capture_output=True, text=True)
     assert not res.returncode, res.stdout+res.stderr
+
+@pytest.mark.cuda
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize('tool', ('memcheck', 'racecheck'))
+def test_compute_sanitizer_finds_nothing(tool):
+    "Some of the tests above, each allocation by itself: no access outside of arrays, no races in shared memory"
+    sanitizer = shutil.which('compute-sanitizer') or shutil.which('compute-sanitizer', path='/usr/local/cuda/bin')
+    if not sanitizer: pytest.skip('compute-sanitizer, a part of the CUDA toolkit, is not installed')
+    some = 'rows_heads or replayed_mask or strict_equals or ties_zeros or (hash_kernel_equals and rows)'
+    command = [sanitizer, '--tool', tool, '--target-processes', 'all', '--error-exitcode', '9', sys.executable, '-m', 'pytest', '-q', __file__, '-k', some]
+    res = subprocess.run(command, env=os.environ | dict(PYTORCH_NO_CUDA_MEMORY_CACHING='1'), capture_output=True, text=True)
+    assert not res.returncode, res.stdout[-4000:]+res.stderr[-1000:]
 
 def test_without_triton_the_tiles_import_and_say_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'triton', None)   # any import of it fails
