@@ -1,4 +1,4 @@
-.PHONY: help setup demo lab export run readme docs check test test-all bench experiments clean
+.PHONY: help setup demo lab export run wheels carried readme docs check test test-all bench experiments clean
 PY ?= python3
 VENV ?= .venv
 N ?= 2
@@ -6,6 +6,7 @@ BIN = $(VENV)/bin
 TOOL = $(BIN)/python nbs/_tools
 PYTEST = $(BIN)/python -m pytest -n $(N) --dist worksteal
 META = settings.ini setup.py pyproject.toml constraints.txt
+CARRIED = nbdev nbclient ipykernel pillow matplotlib numpy einops safetensors tqdm
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e
 
 help:      ## show this list
@@ -20,6 +21,14 @@ export:    $(VENV)/.dev ## notebooks -> reformer_nb
 	$(TOOL)/export.py
 run:       $(VENV)/.dev ## run notebooks, store their outputs; NB="nbs/01_hashing.ipynb" FLAGS="slow cuda"
 	$(TOOL)/nbrun.py $(NB) --flags "$(FLAGS)"
+wheels:    | $(BIN)/python ## download what `make carried` installs; FOR="--python-version 3.12 --platform manylinux_2_28_x86_64" for another machine
+	$(BIN)/python -m pip download -q --disable-pip-version-check -c constraints.txt --only-binary :all: -d wheels $(FOR) $(CARRIED)
+carried:   ## set up `make run` from wheels/, without a network, beside the torch and triton that are there
+	@test -d wheels || { echo "There is no folder wheels; run 'make wheels' where there is a network, and carry it here"; exit 1; }
+	test -x $(BIN)/python || $(PY) -m venv --system-site-packages $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-index --find-links wheels $(CARRIED)
+	$(BIN)/python -c 'import torch, triton'
+	@touch $(VENV)/.dev
 readme:    $(VENV)/.dev ## nbs/index.ipynb -> README.md
 	$(TOOL)/readme.py
 docs:      $(VENV)/.dev ## notebooks and their stored outputs -> docs

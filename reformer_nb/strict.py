@@ -201,7 +201,8 @@ def strict_rounds(
     seen,pairs = real if key_mask is None else key_mask,None if attn_mask is None else attn_mask[...,:n]
     text,options = (qk[:,:,:n], v[:,:,:n], buckets[...,:n]),dict(allow_duplicate_attention=allow_duplicate_attention, scale=scale, dropout=dropout)
     if choose_fused(backend, qk.device):
-        from reformer_nb.fused_lsh import fused_lsh_attention   # of a later notebook
+        if backend=='triton': from reformer_nb.triton_lsh import triton_lsh_attention as fused_lsh_attention   # of later notebooks
+        else: from reformer_nb.fused_lsh import fused_lsh_attention
         found = fused_lsh_attention(*text, mask=real[:,:n], key_mask=seen[:,:n], attn_mask=pairs, bucket_size=bucket_size, causal='strict',
                                     return_lse=True, **options)
         parts = [tuple(o[:,:,None] for o in found)]

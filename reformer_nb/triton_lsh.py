@@ -7,10 +7,12 @@ __all__ = ['kernel_dtypes', 'delta_kernel', 'query_side', 'key_side', 'backward_
            'check_kernel_inputs', 'triton_lsh_attention']
 
 # %% ../nbs/05e_triton.ipynb #imports
+import math
 import torch
+from einops import rearrange
 from torch import Tensor
 from .attention import check_masks
-from .core import check_rate
+from .core import check_rate, mask_value
 from .fused import empty_heads, hide_padding
 from .fused_lsh import OnceOnly
 from .lsh import check_lsh_inputs, keys_across, real_tokens
@@ -138,6 +140,7 @@ def backward_pass(
     grad:Tensor, # (b, h, ask, e) gradient of the output, from `by_token`
     call:KernelCall, # with its tensors
     padded:bool, # whether some rows are padding, which no program writes
+    lse_grad:Tensor|None=None, # (b, h, n) gradient of the log-sum-exp
 )->tuple: # gradients of qk (b, h, n, d) and of v (b, h, n, e)
     "All rounds of the backward kernel"
     call,grid,warps = launch_size(call, q, 4096)
@@ -145,6 +148,7 @@ def backward_pass(
     if padded: dqk.zero_(),dv.zero_()
     sums = [torch.empty_like(x, dtype=torch.float32) if r>1 else x for x in (dqk, dv)]
     delta_kernel[triton.cdiv(call.ask, call.tile.value),grid[1]](grad, out, delta, call, num_warps=warps)
+    if lse_grad is not None: delta -= lse_grad/math.log(2)
     for round in range(r): backward_kernel[grid](q, v, grad, lse, delta, *sums, dqk, dv, call, round, num_warps=warps)
     return dqk,dv
 
@@ -161,7 +165,7 @@ class TritonLSH(torch.autograd.Function):
     )->tuple: # output (b, h, ask, e) and log-sum-exp (b, h, n)
         "Attend, round by round"
         call = KernelCall(*tensors, key_factors(qk), *call[7:])
-        return forward_pass(by_token(qk), by_token(v), call, mask is not None)
+        with torch.cuda.device_of(qk): return forward_pass(by_token(qk), by_token(v), call, mask is not None)
 
     @staticmethod
     def setup_context(
@@ -172,23 +176,23 @@ class TritonLSH(torch.autograd.Function):
         "Keep inputs and outputs"
         qk,v,mask,ctx.call,*tensors = inputs
         ctx.save_for_backward(qk, v, mask, *output, *tensors)
-        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(
         ctx:object, # of this call
         grad:Tensor|None, # (b, h, ask, e) gradient of the output
-        _:Tensor|None, # none comes for the log-sum-exp
+        lse_grad:Tensor|None, # (b, h, n) gradient of the log-sum-exp
     )->tuple: # gradients of what `forward` was given
         "Gradients, round by round"
-        if grad is None: return (None,)*10
         qk,v,mask,out,lse,*tensors = ctx.saved_tensors
+        sources = [o for o in (grad, lse_grad) if o is not None]
+        if not sources: return (None,)*10
         with torch.no_grad():
             call = KernelCall(*tensors, key_factors(qk), *ctx.call[7:])
-            given = by_token(hide_padding(grad, mask))
-            dqk,dv = backward_pass(by_token(qk), by_token(v), out, lse, given, call, mask is not None)
-        if torch.is_grad_enabled(): dqk,dv = OnceOnly.apply(dqk, dv, grad, qk, v)   # create_graph=True
+            given = by_token(hide_padding(torch.zeros_like(out) if grad is None else grad, mask))
+            dqk,dv = backward_pass(by_token(qk), by_token(v), out, lse, given, call, mask is not None, lse_grad)
+        if torch.is_grad_enabled(): dqk,dv = OnceOnly.apply(dqk, dv, *sources, qk, v)   # create_graph=True
         return dqk,dv,*(None,)*8
 
 # %% ../nbs/05e_triton.ipynb #check-kernel-inputs
@@ -226,7 +230,8 @@ def triton_lsh_attention(
     query_len:int|None=None, # how many positions ask, the first ones; later ones are keys for everybody; None means all n
     key_mask:Tensor|None=None, # (b, n) False or 0 where nobody may look
     attn_mask:Tensor|None=None, # (b, query_len, n) True or 1 where query i may see key j
-)->Tensor: # (b, h, query_len, e), zeros at masked positions
+    return_lse:bool=False, # also return the log-sum-exp of the scores; `mask_value` where a query sees nobody
+)->Tensor|tuple: # (b, h, query_len, e), zeros at masked positions; or that and (b, h, query_len)
     "`fused_lsh_attention` on a GPU"
     check_lsh_inputs(qk, v, buckets, bucket_size)
     check_rate('dropout', dropout)
@@ -238,7 +243,11 @@ def triton_lsh_attention(
     rounds = buckets.shape[2]
     if look_back=='rounds' and rounds==1: look_back = 'round'   # the round before is the only one
     if look_back=='rounds' and not attend_across_buckets: look_back = 'none'   # of another round, hence of another bucket
-    rows = sorted_rows(buckets, real_tokens(qk, mask), bucket_size, by_bucket=not attend_across_buckets, once=not allow_duplicate_attention)
+    real = real_tokens(qk, mask)
+    rows = sorted_rows(buckets, real, bucket_size, by_bucket=not attend_across_buckets, once=not allow_duplicate_attention)
     call = make_call(qk, v, rounds=rounds, places=rows['order'].shape[-1], bucket_size=bucket_size, causal=bool(causal), strict=strict, scale=scale,
                      dropout=dropout, look_back=look_back, query_len=query_len)
-    return TritonLSH.apply(qk, v, mask, call, *rows.values(), *masks)[0]
+    out,lse = TritonLSH.apply(qk, v, mask, call, *rows.values(), *masks)
+    if not return_lse: return out
+    nobody = lse.isinf() | ~rearrange(real, 'b n -> b 1 n')
+    return out,(lse*math.log(2)).masked_fill(nobody, mask_value(lse.dtype))[:,:,:query_len]

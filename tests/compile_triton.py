@@ -1,4 +1,4 @@
-"Compile the kernels for an H100, which needs no GPU, and print what they take; `--all` for more sizes"
+"Compile the kernels for a GPU that need not be there, 90 for an H100, and print what they take; `--all` for more sizes"
 import os, re, subprocess, sys, tempfile
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -6,12 +6,14 @@ from triton.language import constexpr
 from triton.runtime import driver
 from triton.runtime.jit import MockTensor
 from reformer_nb.triton_forward import forward_kernel, n_warps, tile_rows
+from reformer_nb.triton_hashing import hash_kernel, hash_tile
 from reformer_nb.triton_lsh import backward_kernel, delta_kernel
 from reformer_nb.triton_tiles import KernelCall
 
 class Absent:
     "Stands for a driver where there is no GPU"
-    def get_current_target(self): return GPUTarget('cuda', 90, 32)
+    def __init__(self, arch=90): self.arch = arch
+    def get_current_target(self): return GPUTarget('cuda', self.arch, 32)
     def get_current_device(self): return 0
     def get_current_stream(self, device): return 0
 
@@ -36,15 +38,19 @@ def compiled(dtype, m, d, rare):
     call = call._replace(tile=constexpr(tile_rows(m, row, 4096)))
     yield 'delta',call.tile.value,used(delta_kernel.warmup(x, x, f32, call, **options))
     yield 'backward',call.tile.value,used(backward_kernel.warmup(x, x, x, f32, f32, f32, f32, x, x, call, 2, **options))
+    tile,block = hash_tile(d)
+    digits = ((f32, 1, 64, 0, i32),(f32, 8, 18, 0, i32)) if rare else ((f32, 1, 64, 128, None),)
+    yield 'hash',tile,used(hash_kernel.warmup(x, digits, MockTensor(torch.int16), flag if rare else None, 2304, 8, 8192, 8192*8*d, d, 8*d, 4, d, tile, block, grid=(1,)))
 
 if __name__=='__main__':
-    driver.set_active(Absent())
-    cases = [(torch.bfloat16, 64, 64, False)]
+    arch = next((int(o) for o in sys.argv[1:] if o.isdigit()), 90)
+    driver.set_active(Absent(arch))
+    cases = [(torch.bfloat16 if arch>=80 else torch.float16, 64, 64, False)]
     if '--all' in sys.argv:
         cases += [(dtype, m, d, rare) for dtype in (torch.bfloat16, torch.float16, torch.float32) for m,d in ((16, 16), (128, 64), (64, 128), (64, 256))
                   for rare in (False, True)]
     for case in cases:
         for name,tile,(registers,spilled,shared) in compiled(*case):
             print(name, *case, f'tile {tile}: {registers} registers, {spilled} bytes spilled, {shared} bytes shared', flush=True)
-            if case[0]!=torch.float32 and not case[3] and case[2]<=128 and spilled: sys.exit('spills')
-            if shared>227*1024: sys.exit('more shared memory than an H100 has')
+            if arch>=90 and case[0]!=torch.float32 and not case[3] and case[2]<=128 and spilled: sys.exit('spills')
+            if shared>(227 if arch>=90 else 64)*1024: sys.exit('more shared memory than the GPU has')

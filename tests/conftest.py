@@ -14,8 +14,8 @@ def pytest_configure(config): grids.whole = config.getoption('--all')
 def pytest_collection_modifyitems(config, items):
     if not config.getoption('--all'):
         for o in items:
-            if 'slow' in o.keywords: o.add_marker(pytest.mark.skip(reason='slow: run with --all'))
-    held = [o for o in items if 'cuda' in o.keywords]
+            if o.get_closest_marker('slow'): o.add_marker(pytest.mark.skip(reason='slow: run with --all'))
+    held = [o for o in items if o.get_closest_marker('cuda')]   # `keywords` has the names of folders too
     if not held: return
     import torch
     if not torch.cuda.is_available():

@@ -3,7 +3,8 @@ import sys
 import grids
 import pytest
 from nbdev.config import get_config
-from nbformat.v4 import new_code_cell, new_output
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 sys.path.insert(0, str(get_config().nbs_path/'_tools'))
 import common, nbrun, prep, readme  # noqa: E402
@@ -32,6 +33,35 @@ def test_state():
     assert nbrun.state(cell) == 'fresh'
     cell.source += '+1'
     assert nbrun.state(cell) == 'stale'
+
+def notebook(tmp_path, *cells):
+    "A notebook of code cells, and its path"
+    path = tmp_path/'a.ipynb'
+    nbformat.write(new_notebook(cells=[new_code_cell(o, id=f'c{i}', outputs=[new_output('stream', text='old')]) for i,o in enumerate(cells)]), path)
+    return path
+
+def test_only_notebooks_with_such_cells(tmp_path):
+    path = notebook(tmp_path, 'x = 1', '#| cuda\nx')
+    assert nbrun.holds(path, {'cuda'}) and nbrun.holds(path, {'slow', 'cuda'}) and not nbrun.holds(path, {'slow'})
+    assert not nbrun.holds(notebook(tmp_path, '#| slow\n#| cuda\nx'), {'cuda'})
+
+def test_a_missing_gpu_is_said_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr('torch.cuda.is_available', lambda: False)
+    path = notebook(tmp_path, 'print(1)', '#| cuda\nprint(2)')
+    before = path.read_bytes()
+    monkeypatch.setattr(sys, 'argv', ['nbrun.py', str(path), '--flags', 'cuda'])
+    monkeypatch.setattr(nbrun, 'notebooks', lambda *paths: [path])
+    with pytest.raises(SystemExit, match='need a GPU, and torch sees none') as e: nbrun.main()
+    assert '\n' not in str(e.value) and path.read_bytes()==before
+
+@pytest.mark.parametrize('flags,want', [('', ['1', 'old']), ('cuda', ['old', '2'])])
+def test_a_gpu_changes_the_outputs_of_its_cells_alone(tmp_path, monkeypatch, flags, want):
+    monkeypatch.setattr(nbrun, 'machine', lambda cuda: f'a machine, {cuda}')
+    path = notebook(tmp_path, 'print(1, end="")', '#| cuda\nprint(2, end="")')
+    assert nbrun.run(path, set(flags.split()), 60)[0]=='updated'
+    cells = nbformat.read(path, 4).cells
+    assert [o.outputs[0].text for o in cells]==want
+    assert (cells[1].metadata.get('stored') or {}).get('by')==('a machine, True' if flags else None)
 
 def test_pictures_get_a_palette_once():
     import base64, io
@@ -67,7 +97,7 @@ def test_prep_cells():
     assert page.source=='plot()' and page.metadata['tags']==['hide-input']
     assert page.metadata['mystnb']['figure'] == dict(caption=f'Of {link}', name='fig-a')
     assert prep.code(new_code_cell('#| hide\nx'), syms) == []
-    assert 'needs a GPU' in prep.code(new_code_cell('#| cuda\nx'), syms)[1].source
+    assert 'Not yet run on a GPU' in prep.code(new_code_cell('#| cuda\nx'), syms)[1].source
 
 def test_prep_entry():
     class Thing:

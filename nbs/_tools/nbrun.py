@@ -1,10 +1,13 @@
 """Run notebooks in place and store their outputs, keeping what is stored for cells that this machine may not run.
 
 A cell with a flag of `tst_flags` (settings.ini) runs only if `--flags` names all its flags; then its metadata note
-what ran where. Cells with `eval: false` never run. A notebook that fails is not written.
+what ran where. Cells with `eval: false` never run. A notebook that fails is not written. With `--flags` and no paths,
+the notebooks that have such cells run; with `cuda` among the flags, cells without a flag run and keep their outputs,
+which belong to a CPU.
 
-    python nbs/_tools/nbrun.py                                    # all notebooks
-    python nbs/_tools/nbrun.py nbs/01_hashing.ipynb --flags cuda  # on a GPU machine
+    python nbs/_tools/nbrun.py                                  # all notebooks
+    python nbs/_tools/nbrun.py --flags cuda                     # those with cells for a GPU, on a machine that has one
+    python nbs/_tools/nbrun.py nbs/01_hashing.ipynb --flags slow
     python nbs/_tools/nbrun.py --stale                            # run nothing: are stored outputs those of the cells?
 """
 import argparse, base64, hashlib, io, os, sys, time
@@ -32,6 +35,15 @@ def state(cell):
     if not (flags-{'notest'}) & directives(cell).keys(): return None
     if stamp := cell['metadata'].get('stored'): return 'fresh' if stamp['sha']==sha(cell) else 'stale'
     return 'stale' if cell['outputs'] else 'new'
+
+def holds(path, force):
+    "Whether the notebook at `path` has cells that `force` releases"
+    return any(plan(c, force)=='stamp' for c in nbformat.read(path, 4).cells if c.cell_type=='code')
+
+def missing(force):
+    "What this machine lacks to run cells with the flags `force`; nothing if it can"
+    import torch
+    if 'cuda' in force and not torch.cuda.is_available(): return '--flags cuda: these cells need a GPU, and torch sees none; nothing was run'
 
 def machine(cuda):
     "What the outputs were made with"
@@ -61,7 +73,9 @@ class Client(NotebookClient):
     async def async_execute_cell(self, cell, cell_index, **kw):
         how = plan(cell, self.force_) if cell.cell_type=='code' else 'keep'
         if how=='keep': return cell
+        old = cell.get('outputs')
         cell = await super().async_execute_cell(cell, cell_index, **kw)
+        if how=='run' and 'cuda' in self.force_: cell.outputs = old
         if how=='stamp':
             by = machine('cuda' in directives(cell))
             cell.metadata['stored'] = dict(sha=sha(cell), by=by, on=time.strftime('%Y-%m-%d'))
@@ -114,6 +128,8 @@ def main():
     paths,force = notebooks(*a.paths),set(a.flags.split())
     if bad := force-flags: sys.exit(f'--flags {" ".join(sorted(bad))}: settings.ini has tst_flags = {cfg.tst_flags}')
     if a.stale: sys.exit(bool(stale(paths)))
+    if said := missing(force): sys.exit(said)
+    if force and not a.paths: paths = [p for p in paths if holds(p, force)]
     failed = run_all(paths, force, a.timeout, a.workers or (1 if force else os.cpu_count()))
     print(f'{len(paths)-failed} passed, {failed} failed')
     sys.exit(bool(failed))

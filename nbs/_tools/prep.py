@@ -118,7 +118,7 @@ def origin(cell):
     d = directives(cell)
     if by := cell.metadata.get('stored'):
         s = f'{"Stored output" if cell.outputs else "Passed"}: {by["by"]}, {by["on"]}.'
-    elif 'cuda' in d: s = 'Not run here: needs a GPU.'
+    elif 'cuda' in d: s = 'Not yet run on a GPU.'
     elif 'slow' in d: s = 'Not run here: slow.'
     else: return []
     return [new_markdown_cell('{.stored}\n'+s, id=f'{cell.id[:60]}-by')]
