@@ -10,6 +10,7 @@ __all__ = ['StepCounter', 'drop_entries', 'HashSource', 'shared_rotations', 'out
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 import math
+from typing import Literal
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -134,7 +135,7 @@ def power_of_two(
 def hash_factors(
     n:int, # length, padding included
     bucket_size:int, # tokens that a bucket holds on average, at the most
-    n_buckets:int|tuple|str|None=None, # a fixed number, its factors, or 'power': see `power_of_two`
+    n_buckets:int|tuple|Literal['power']|None=None, # a fixed number, its factors, or 'power': see `power_of_two`
     *,
     split:bool=True, # whether many buckets become two digits
     split_above:int|None=None, # with 'power': more buckets become two digits; None means never
@@ -169,7 +170,7 @@ class BucketHasher(HashSource):
         n_hashes:int=8, # hash rounds
         bucket_size:int=64, # tokens that a bucket holds on average, at the most
         *,
-        n_buckets:int|tuple|str|None=None, # a fixed number, or its factors; None derives it from each row's length, 'power' from that of the batch
+        n_buckets:int|tuple|Literal['power']|None=None, # a fixed number, or its factors; None derives it from each row's length, 'power' from that of the batch
         split_above:int|None=None, # with n_buckets='power': more buckets are two digits; None means never
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
         rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call

@@ -125,7 +125,7 @@ def lsh_attention(
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
     attend_across_buckets,m = keys_across(causal, look_back, attend_across_buckets),bucket_size
     around = check_look_around(look_around, look_back, backend)
-    common = dict(mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, bucket_size=m, scale=scale,
+    common:dict = dict(mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, bucket_size=m, scale=scale,
                   dropout=dropout, allow_duplicate_attention=allow_duplicate_attention)
     if causal=='strict':
         check_strict_keys(key_eps)
@@ -133,16 +133,17 @@ def lsh_attention(
         return strict_attention(qk, v, buckets, **common, backend=backend)
     if choose_fused(backend, qk.device) and not around:
         check_kernel_keys(backend, key_eps)
-        if backend=='triton': from reformer_nb.triton_lsh import triton_lsh_attention as fused_lsh_attention
-        else:
-            from reformer_nb.fused_lsh import fused_lsh_attention
-            common['key_eps'] = key_eps
-        return fused_lsh_attention(qk, v, buckets, **common, causal=causal, look_back=look_back, attend_across_buckets=attend_across_buckets)
+        common |= dict(causal=causal, look_back=look_back, attend_across_buckets=attend_across_buckets)
+        if backend=='triton':
+            from reformer_nb.triton_lsh import triton_lsh_attention
+            return triton_lsh_attention(qk, v, buckets, **common)
+        from reformer_nb.fused_lsh import fused_lsh_attention
+        return fused_lsh_attention(qk, v, buckets, **common, key_eps=key_eps)   # type: ignore[return-value]
     qk,v,buckets,real = pad_inputs(qk, zero_padding(v, key_mask), buckets, real_tokens(qk, mask), m)
     keys = real if key_mask is None else real & pad_to_multiple(key_mask, m)
 
     sorted_pos,undo_sort = sort_by_bucket(buckets)
-    k_pos,visible = who_sees_whom(buckets, sorted_pos, real, keys, m=m, causal=causal, query_len=query_len, look_back=look_back,
+    k_pos,visible = who_sees_whom(buckets, sorted_pos, real, keys, m=m, causal=bool(causal), query_len=query_len, look_back=look_back,
                                   look_around=look_around, attend_across_buckets=attend_across_buckets, attn_mask=attn_mask)
     q,k,values = (chunk(take_sorted(o, sorted_pos), m) for o in (qk, unit_norm(qk, key_eps), v))
     k,values = (add_neighbours(o, last_chunk(real, m), look_back, look_around) for o in (k, values))
@@ -185,7 +186,7 @@ def lsh_weights(
     padded,_,buckets,real = pad_inputs(qk, qk, buckets, real_tokens(qk, mask), m)
     keys = real if key_mask is None else real & pad_to_multiple(key_mask, m)
     sorted_pos,undo_sort = sort_by_bucket(buckets)
-    k_pos,visible = who_sees_whom(buckets, sorted_pos, real, keys, m=m, causal=causal, query_len=query_len, look_back=look_back,
+    k_pos,visible = who_sees_whom(buckets, sorted_pos, real, keys, m=m, causal=bool(causal), query_len=query_len, look_back=look_back,
                                   look_around=look_around, attend_across_buckets=attend_across_buckets, attn_mask=attn_mask)
     met = zero_padding(listed_keys(k_pos, visible, undo_sort)+1, real)[:,:,:query_len]   # 0: hidden
     ones = torch.ones_like(met, dtype=torch.int32)
