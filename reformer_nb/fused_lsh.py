@@ -101,7 +101,6 @@ def backward_strips(
     mask:Tensor|None, # (b, n) bool
     key_mask:Tensor|None, # (b, n) bool
     attn_mask:Tensor|None, # (b, query_len, n) bool
-    *,
     out:Tensor, # (b, h, query_len, e) from `forward_strips`
     lse:Tensor, # (b, h, n) from it, too
     seed:int, # of the dropout
@@ -182,10 +181,10 @@ class FusedLSH(torch.autograd.Function):
         lse_grad:Tensor|None, # (b, h, n) gradient of the log-sum-exp
     )->tuple: # gradients of what `forward` was given
         "Gradients, from scores computed again"
-        qk,v,*order,out,lse = ctx.saved_tensors   # read once: a checkpoint recomputes them
+        qk,v,sorted_pos,buckets,mask,key_mask,attn_mask,out,lse = ctx.saved_tensors   # read once: a checkpoint recomputes them
         sources = [o for o in (grad, lse_grad) if o is not None]
         if grad is None: grad = torch.zeros_like(out)
-        with torch.no_grad(): dqk,dv = backward_strips(qk, v, *order, out=out, lse=lse, seed=ctx.seed, rules=ctx.rules, grad=grad, lse_grad=lse_grad)
+        with torch.no_grad(): dqk,dv = backward_strips(qk, v, sorted_pos, buckets, mask, key_mask, attn_mask, out, lse, ctx.seed, ctx.rules, grad, lse_grad)
         if torch.is_grad_enabled(): dqk,dv = OnceOnly.apply(dqk, dv, *sources, qk, v)   # create_graph=True
         return dqk,dv,*(None,)*7
 
