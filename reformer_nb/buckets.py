@@ -34,7 +34,7 @@ def bucket_digits(
     "The hashes that make the digits of a bucket id"
     if isinstance(n_buckets, Tensor): return [(rotations, n_buckets)]
     if isinstance(rotations, tuple):
-        if not isinstance(n_buckets, tuple):
+        if not isinstance(n_buckets, (tuple,list)):
             raise TypeError(f'n_buckets={n_buckets!r} is one number for {len(rotations)} tensors of rotations; give a tuple, with a factor for each')
         return [(o if isinstance(f, Tensor) else o[..., :f//2], f)
                 for o,f in zip(rotations, n_buckets, strict=True)]

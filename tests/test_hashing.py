@@ -173,6 +173,15 @@ def test_exported_hashing_keeps_its_rotations():
     exported = torch.export.export(hasher, (vecs, mask)).module()
     assert torch.equal(exported(vecs, mask), hasher(vecs, mask))
 
+@pytest.mark.parametrize('seed', (None, 0))
+def test_shared_rotations_do_not_depend_on_pieces(seed):
+    x = torch.randn(1, 12, 16, generator=torch.Generator().manual_seed(0))
+    def buckets(pieces):
+        torch.manual_seed(0)
+        net = LSHSelfAttention(16, 4, 4, n_hashes=1, attn_chunks=pieces, hash_seed=seed, rotations='shared', random_rotations_per_head=True, n_buckets=8, full_attn_thres=0).eval()
+        return net.with_state(x)[1]
+    assert torch.equal(buckets(1), buckets(2))
+
 def test_limits_of_power_are_checked():
     for wrong,error in ((1, ValueError), (-3, ValueError), (2.5, TypeError), ('a', TypeError)):
         with pytest.raises(error, match='split_above'): BucketHasher(4, 4, n_buckets='power', split_above=wrong)
