@@ -533,6 +533,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'reformer_nb.lsh.check_strict': ('lsh.html#check_strict', 'reformer_nb/lsh.py'),
                                  'reformer_nb.lsh.check_strict_keys': ('lsh.html#check_strict_keys', 'reformer_nb/lsh.py'),
                                  'reformer_nb.lsh.choose_fused': ('lsh.html#choose_fused', 'reformer_nb/lsh.py'),
+                                 'reformer_nb.lsh.fused_form': ('lsh.html#fused_form', 'reformer_nb/lsh.py'),
                                  'reformer_nb.lsh.hash_rows': ('lsh.html#hash_rows', 'reformer_nb/lsh.py'),
                                  'reformer_nb.lsh.keys_across': ('lsh.html#keys_across', 'reformer_nb/lsh.py'),
                                  'reformer_nb.lsh.lsh_attention': ('lsh.html#lsh_attention', 'reformer_nb/lsh.py'),

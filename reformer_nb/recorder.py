@@ -141,16 +141,12 @@ class Recordings(nn.Module):
     def record(self,
         name:str, # of the layer
         layer:LSHSelfAttention, # what is attending
-        qk:Tensor, # (b, h, n, d)
-        buckets:Tensor|None, # (b, h, r, n); None for full attention
-        query_len:int, # positions from here on are keys only
-        masks:dict, # mask, key_mask and attn_mask
+        *call:object, # what an `AttentionCall` takes, except for options
     )->None:
         "Keep what a layer attends with"
         entries,names = self.recordings.setdefault(self.iter, []),list(attention_layers(self.net))
         number = names.index(name) + len(names)*sum(o['name']==name for o in entries)   # blocks may share a layer
-        call = AttentionCall(qk, buckets, query_len, masks, layer.options)
-        entry = new_entry(layer, call, choose_heads(layer, self.heads), self.top_k)
+        entry = new_entry(layer, AttentionCall._make((*call, layer.options)), choose_heads(layer, self.heads), self.top_k)
         entries.append(dict(layer=number, name=name, **entry))
 
 # %% ../nbs/14_recorder.ipynb #recorder-class
