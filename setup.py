@@ -14,6 +14,7 @@ urls = {'Source': cfg['git_url'], 'Documentation': cfg['doc_host'] + cfg['doc_ba
 setup(
     name=cfg['lib_name'], version=cfg['version'], description=cfg['description'], author=cfg['author'],
     license={'mit': 'MIT'}[cfg['license']], keywords=cfg['keywords'], packages=[cfg['lib_path']],
+    package_data={cfg['lib_path']: ['py.typed']}, classifiers=cfg['classifiers'].splitlines(),
     project_urls={k: v for k,v in urls.items() if v},
     long_description=readme.read_text(encoding='utf-8') if readme.exists() else '',
     long_description_content_type='text/markdown',

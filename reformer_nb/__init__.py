@@ -1,4 +1,4 @@
-__version__ = "0.0.1"
+__version__ = "0.1.0"
 from .diagnostics import check_causality as check_causality, check_gradients as check_gradients
 from .diagnostics import check_padding as check_padding
 from .encoder_decoder import ReformerEncDec as ReformerEncDec

@@ -11,6 +11,7 @@ import argparse, difflib, inspect, re, tomllib
 from collections.abc import Callable
 from dataclasses import Field, fields
 from pathlib import Path
+from typing import NoReturn
 from .training import TrainSettings, optimizers, precisions
 
 # %% ../nbs/20b_arguments.ipynb #one-line-parser
@@ -24,7 +25,7 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self,
         message:str, # what is wrong
-    )->None:
+    )->NoReturn:
         "End the program with the exit code 2"
         self.exit(2, f'{self.prog}: {message}; see {self.prog} --help\n')
 
@@ -63,9 +64,9 @@ def add_setting(
 )->None:
     "The flag of a setting"
     kind = next(t for t in (int, float, str, bool) if t.__name__ in str(o.type).split('|')[0])
-    if kind is bool: return parser.add_argument(flag(o.name), action='store_true', help=settings_help()[o.name])
     optional = '|None' in str(o.type).replace(' ', '')
-    parser.add_argument(flag(o.name), type=or_none(kind) if optional else kind, default=own_defaults.get(o.name, o.default),
+    if kind is bool: parser.add_argument(flag(o.name), action='store_true', help=settings_help()[o.name])
+    else: parser.add_argument(flag(o.name), type=or_none(kind) if optional else kind, default=own_defaults.get(o.name, o.default),
                         choices=dict(optimizer=optimizers, precision=precisions).get(o.name), help=settings_help()[o.name])
 
 # %% ../nbs/20b_arguments.ipynb #add-train
@@ -145,7 +146,7 @@ def parse(
     "The arguments of a command; defaults come from the file that `--config` names"
     parser = make_parser()
     o,unknown = parser.parse_known_args(args)
-    command = parser._subparsers._group_actions[0].choices[o.command]
+    command = parser._subparsers._group_actions[0].choices[o.command]   # type: ignore[index, union-attr]
     known = {a.dest: a for a in command._actions if a.dest!='help'}
     for word in unknown:
         near = difflib.get_close_matches(word.split('=')[0], [flag(k) for k in known], 1)

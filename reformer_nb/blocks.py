@@ -8,7 +8,7 @@ __all__ = ['layer_kinds', 'of_hashing', 'strict_options', 'attention_layer', 'lo
            'check_values', 'check_options', 'reversible_blocks', 'arguments_of_g']
 
 # %% ../nbs/09c_blocks.ipynb #imports
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 import math
 from torch import nn
@@ -71,7 +71,7 @@ def attention_kinds(
     return list(kinds)
 
 def only_local(
-    config:Config, # arguments of a Reformer
+    config:Mapping, # arguments of a Reformer
 )->bool:
     "Whether no layer hashes"
     return set(config.get('attn_layers') or ['lsh'])=={'local'}
@@ -145,7 +145,7 @@ def check_values(
 
 # %% ../nbs/09c_blocks.ipynb #check-options
 # defaults, of Reformer and of ReformerLM where they differ, of what only a layer that hashes reads
-of_hashing = dict(n_hashes={4, 8}, attn_chunks={None, 1}, lsh_dropout=0., lsh_attend_across_buckets=None, lsh_allow_duplicate_attention=True,
+of_hashing:dict = dict(n_hashes={4, 8}, attn_chunks={None, 1}, lsh_dropout=0., lsh_attend_across_buckets=None, lsh_allow_duplicate_attention=True,
     random_rotations_per_head=False, use_full_attn=False, full_attn_thres=0, num_mem_kv=0, one_value_head=False, n_local_attn_heads=0, rehash_each_round=True,
     drop_for_hash_rate=0., local_pos_emb=True, local_memory=True, n_buckets=None, split_above=None, look_back='none', look_around=(1,0), backend='auto',
     scale=1., key_eps=0., hash_seed=0, rotations='fresh')
@@ -155,7 +155,8 @@ def check_options(
 )->None:
     "Refuse values of no sense, and arguments that would do nothing beside others"
     check_values(config)
-    given,idle = {**config, 'pkm_layers': memory_blocks(config)},[]
+    given = {**config, 'pkm_layers': memory_blocks(config)}
+    idle:list = []   # (name, default, what makes it idle)
     if config['use_rezero']: idle += [('use_scale_norm', False, 'use_rezero=True, which has no norm')]
     if config['twin_attention']: idle += [(k, o, 'twin_attention=True, which has no feed-forward layers')
         for k,o in dict(pkm_layers=(), ff_mult=4, ff_glu=False, ff_dropout=0., ff_activation=None, ff_hidden=None).items()]

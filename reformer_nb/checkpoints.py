@@ -75,7 +75,7 @@ def encode_config(
 
 # %% ../nbs/16_checkpoints.ipynb #decode-activation
 def decode_activation(
-    name:str|None, # of a class in torch.nn, or None
+    name:object, # of a class in torch.nn, or None
 )->type|None: # the class
     "The activation that a configuration names"
     if name is None: return None

@@ -41,7 +41,7 @@ def write_on(
 
 # %% ../nbs/21_cli.ipynb #draw
 def draw_pictures(
-    trainer:object, # a `Trainer` after its run
+    trainer, # a `Trainer` after its run
     scores:dict, # {name: bits per byte}
 )->Path|None: # the picture, or None without matplotlib
     "The loss curve, and the buckets of the last layer over a held-out passage"
@@ -62,7 +62,7 @@ def draw_pictures(
 def new_run(
     o:argparse.Namespace, # of `reformer-nb train`
     corpus:Corpus, # what to learn from
-)->object: # a `Trainer`
+): # a `Trainer`
     "A model and its trainer"
     from reformer_nb import Trainer   # which needs Accelerate; the other commands do not
     torch.manual_seed(o.seed)
@@ -74,7 +74,7 @@ def new_run(
 
 # %% ../nbs/21_cli.ipynb #dry-run
 def tell_cost(
-    trainer:object, # a `Trainer` before its run
+    trainer, # a `Trainer` before its run
 )->str:
     "Parameters, memory and time, from two steps"
     import resource   # not on Windows
@@ -91,7 +91,7 @@ def tell_cost(
 # %% ../nbs/21_cli.ipynb #report
 def report(
     o:argparse.Namespace, # of `reformer-nb train`
-    trainer:object, # a `Trainer` after its run
+    trainer, # a `Trainer` after its run
 )->None:
     "Evaluate, write, and say where everything is"
     model = ReformerLM.from_pretrained(trainer.out)
@@ -153,7 +153,7 @@ def in_one_line(
     "What to tell the user"
     if not isinstance(error, OSError) or not error.strerror: return ' '.join(str(error).split())
     where = f'{error.filename}: ' if error.filename else ''
-    full = errno.errorcode.get(error.errno) in ('ENOSPC', 'EDQUOT', 'EFBIG')   # a system may lack some
+    full = errno.errorcode.get(error.errno or 0, '') in ('ENOSPC', 'EDQUOT', 'EFBIG')   # a system may lack some
     return f'{where}{error.strerror}; ' + ('make room; --resume goes on from the last checkpoint' if full else 'give a path that exists, of the right kind, with the right to use it')
 
 # %% ../nbs/21_cli.ipynb #main

@@ -26,7 +26,7 @@ from .stand_ins import (
 from torch import Tensor, nn
 
 # %% ../nbs/20_compat.ipynb #wrappers
-class UpstreamWrapper:
+class UpstreamWrapper(nn.Module):
     "Loads what a wrapper of reformer_pytorch saved"
     def _load_from_state_dict(self,
         state_dict:dict, # {name: tensor}
@@ -62,7 +62,8 @@ class ReversibleBlock(nn.Module):
         g_args:dict|None=None, # keyword arguments for g
     )->Tensor: # (b, n, 2e)
         "Add what f and g make of the streams"
-        return torch.cat(self.stack.streams(*x.chunk(2, dim=-1), f_args, g_args), dim=-1)
+        x1,x2 = x.chunk(2, dim=-1)
+        return torch.cat(self.stack.streams(x1, x2, f_args, g_args), dim=-1)
 
 # %% ../nbs/20_compat.ipynb #always
 class Always(nn.Module):
@@ -132,7 +133,7 @@ helpers = dict(Always=Always, default=default, exists=exists, cast_tuple=cast_tu
 @functools.cache
 def upstream_modules()->dict: # {full name: module}
     "The modules of reformer_pytorch, with our classes in them; the same ones at each call"
-    content = dict(autopadder=dict(Autopadder=UpstreamAutopadder), recorder=dict(Recorder=UpstreamRecorder),
+    content:dict = dict(autopadder=dict(Autopadder=UpstreamAutopadder), recorder=dict(Recorder=UpstreamRecorder),
                    reformer_enc_dec=dict(ReformerEncDec=UpstreamReformerEncDec),
                    generative_tools=dict(top_k=top_k, top_p=top_p, TrainingWrapper=UpstreamTrainingWrapper),
                    reversible=dict(ReversibleSequence=ReversibleSequence, ReversibleBlock=ReversibleBlock),

@@ -39,7 +39,7 @@ def check_rate(
 # %% ../nbs/00_core.ipynb #check-choice
 def check_choice(
     name:str, # the argument
-    value:str, # what the user gave
+    value:object, # what the user gave
     choices:tuple, # what it may be
 )->None:
     "Refuse `value` unless it is one of `choices`"

@@ -61,7 +61,7 @@ def context_attention(
         mask = rearrange(visible, 'b c -> b 1 1 c') | ~some   # softmax over nothing is not defined
     def attend(q, k, v): return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     out = compute_in_blocks(attend, (q,), (k, v), size=block, dim=2)
-    return out if visible is None else out*some
+    return out if some is None else out*some
 
 # %% ../nbs/09b_cross_attention.ipynb #cross-attention
 class CrossAttention(nn.Module):

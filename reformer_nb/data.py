@@ -12,6 +12,7 @@ import hashlib, mmap, os, platform, shutil, sysconfig, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 import torch
 from .atomic import write_atomic
 from .downloads import cache_dir, check_content, fetch_zipped
@@ -89,7 +90,7 @@ def split_files(
 # %% ../nbs/17_data.ipynb #cannot-read
 def cannot_read(
     error:OSError, # what the system says
-)->None:
+)->NoReturn:
     "Say which file cannot be read, in one line"
     raise ValueError(f'cannot read {error.filename}: {error.strerror}; give files that exist and may be read') from None
 
@@ -194,7 +195,7 @@ def files_corpus(
         below = files_below(p) if p.is_dir() else [p]
         for f in below: found.setdefault(f.resolve(), f.relative_to(p).as_posix() if p.is_dir() else f.name)
     name = ', '.join(Path(p).resolve().name for p in paths)
-    contents = dict(zip(found, read_bytes(found, most=2**13 if mapped else -1)))
+    contents = dict(zip(found, read_bytes(list(found), most=2**13 if mapped else -1)))
     if not binary: contents = drop_binary(contents, {Path(p).resolve() for p in paths})
     if not any(contents.values()):
         raise ValueError(f'{name} holds nothing to read; give files with some text in them')
@@ -212,7 +213,7 @@ def enwik8_corpus(
     "The first 100 MB of an English Wikipedia dump, cut at 90 and 95 million bytes as is usual"
     path = path or fetch_zipped('enwik8', enwik8_url, size=enwik8_size, sha256=enwik8_sha256)
     content = map_file(path)
-    check_content(path, content.numpy(), size=enwik8_size, sha256=enwik8_sha256)
+    check_content(path, content.numpy().data, size=enwik8_size, sha256=enwik8_sha256)
     return Corpus('enwik8', *content.split([enwik8_size*percent//100 for percent in (90, 5, 5)]))
 
 # %% ../nbs/17_data.ipynb #load-corpus

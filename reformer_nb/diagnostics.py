@@ -69,10 +69,10 @@ def answer(
 # %% ../nbs/15_diagnostics.ipynb #weigh
 def weigh(
     out:object, # what a model returned
-)->Tensor: # ()
+)->Tensor|float: # (), or 0 where there is no such tensor
     "A sum of all entries of all float tensors in `out`, with random weights that are always the same"
     if isinstance(out, Tensor):
-        if not out.is_floating_point(): return 0.
+        if not out.is_floating_point(): return 0
         weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         return (out*weights.to(out.device)).sum()/max(1, out.numel())**.5
     parts = out.values() if hasattr(out, 'values') else out if isinstance(out, (tuple,list)) else ()
@@ -107,6 +107,7 @@ class Trial:
             for k,o in (move or {}).items(): leaves[k] += o
         with replay_rng(self.rng, self.device), torch.set_grad_enabled(grads):
             loss = weigh(model(*(given[f'argument {i}'] for i in range(len(self.args))), **{k: given[k] for k in self.named}))
+            if not isinstance(loss, Tensor): raise TypeError('the model returned no tensor of floats, so there is nothing to differentiate; pass one that returns some')
             if not grads: return loss,{}
             found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         return loss.detach(),{k: torch.zeros_like(o) if g is None else g for (k,o),g in zip(leaves.items(), found)}
@@ -157,12 +158,12 @@ def check_gradients(
     _,plain = trial.run(2**62)
     try: errors = compare_gradients(trial.run(0)[1], plain)
     except RuntimeError as e: return Verdict(math.inf, tol, f'the reversible pass says: {e}')
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     if not errors[worst]<=tol or not slopes: return Verdict(errors[worst], tol, f'reversible against plain: {worst}', errors)
     names = [k for k in plain if plain[k].numel()]
     if slope_errors(trial, plain, names)<=100*tol: return Verdict(errors[worst], tol, f'reversible against plain: {worst}', errors)
     errors = {k: slope_errors(trial, plain, [k]) for k in names}
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     return Verdict(errors[worst], 100*tol, f'autograd against differences of the loss: {worst}', errors)
 
 # %% ../nbs/15_diagnostics.ipynb #other-tokens
@@ -216,9 +217,9 @@ def check_padding(
         for i,k in enumerate(real):
             rest = {name: o[i:i+1] if isinstance(o, Tensor) and len(o)==b else o for name,o in named.items()}
             gap = deviations(found[i:i+1,:k], answer(fn, x[i:i+1,:k], **rest), 2)[0]
-            if (bad := (gap>tol).nonzero()).numel(): first = min(n if first is None else first, bad[0].item())
+            if (bad := (gap>tol).nonzero()).numel(): first = min(n if first is None else first, int(bad[0]))
             errors[f'row {i} of {k} tokens, {n-k} {contents} behind, position {gap.argmax().item()}'] = gap.max().item()
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     return Verdict(errors[worst], tol, worst, errors, first)
 
 # %% ../nbs/15_diagnostics.ipynb #check-causality
@@ -246,7 +247,7 @@ def check_causality(
             changed = torch.cat([tokens[:,:cut], other_values(tokens, gen)[:,cut:]], dim=1)
             gaps.append(deviations(answer(fn, changed, **named)[:,:cut], wanted[:,:cut], 2).amax(0))
         gap = torch.stack(gaps).amax(0)   # (cut)
-        if (bad := (gap>tol).nonzero()).numel(): first = min(n if first is None else first, bad[0].item())
+        if (bad := (gap>tol).nonzero()).numel(): first = min(n if first is None else first, int(bad[0]))
         errors[f'position {gap.argmax().item()} notices a change from {cut} on'] = gap.max().item()
-    worst = max(errors, key=errors.get)
+    worst = max(errors, key=errors.__getitem__)
     return Verdict(errors[worst], tol, worst if errors[worst] else 'no output notices a later token', errors, first)

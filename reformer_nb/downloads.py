@@ -8,7 +8,6 @@ __all__ = ['cache_dir', 'fetch_rest', 'download', 'check_content', 'fetch_zipped
 # %% ../nbs/15e_downloads.ipynb #imports
 import hashlib, http.client, os, urllib.error, urllib.request, zipfile, zlib
 from pathlib import Path
-from numpy import ndarray
 from .atomic import write_atomic
 from tqdm import tqdm
 
@@ -59,8 +58,8 @@ def download(
 
 # %% ../nbs/15e_downloads.ipynb #check-content
 def check_content(
-    name:str, # of the file
-    content:bytes|ndarray, # what is in it
+    name:str|Path, # of the file
+    content:bytes|memoryview, # what is in it
     *,
     size:int, # that it should have
     sha256:str, # that it should have

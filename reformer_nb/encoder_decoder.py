@@ -119,7 +119,11 @@ def check_rows(
 
 # %% ../nbs/13_encoder_decoder.ipynb #writes
 class Writes:
-    "Writing, for a model with `read` and a decoder `dec`"
+    "Writing, for a model with an encoder `enc`, a decoder `dec` and `read`"
+    enc:nn.Module
+    dec:nn.Module
+    read:Callable
+
     @accept_names(removed=dict(enc_keys='the encoder reads seq_in alone; leave it out', dec_keys='they come from the encoder; call .dec for others'))
     def generate(self,
         seq_in:Tensor|list, # (b, n) or (n) integers, or a list of tensors (n)

@@ -118,7 +118,7 @@ class ChunkFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(
-        ctx:object, # of this call
+        ctx, # of this call
         inputs:tuple, # what `forward` was given
         output:Tensor, # (b, n, e) what it returned
     )->None:
@@ -129,7 +129,7 @@ class ChunkFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx:object, # of this call
+        ctx, # of this call
         dy:Tensor, # (b, n, e)
     )->tuple: # gradients of what `forward` was given
         "Compute and differentiate one piece after the other"
@@ -237,7 +237,7 @@ class PreNorm(Wrapper):
     def __init__(self,
         dim:int, # width of the model
         fn:nn.Module, # what follows the normalisation
-        norm:type=nn.LayerNorm, # class of the normalisation, called with `dim`
+        norm:Callable=nn.LayerNorm, # makes the normalisation, called with `dim`
     ):
         super().__init__()
         self.norm,self.fn = norm(dim),fn

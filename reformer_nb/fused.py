@@ -7,6 +7,7 @@ __all__ = ['make_strips', 'cut_blocks', 'score_buffers', 'unit_keys', 'attend_st
            'forward_strip', 'empty_heads', 'hide_padding', 'forward_strips']
 
 # %% ../nbs/05_fused.ipynb #imports
+from collections.abc import Iterator
 import math
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,7 @@ def make_strips(
     rules:Rules, # options of the call
     dtype:torch.dtype, # of the scores
     places:int=2**15, # heads join in a strip up to so many places
-)->tuple: # of row, heads, strip, and which of its keys are silent, one after the other
+)->Iterator: # of row, heads, strip, and which of its keys are silent, one after the other
     "Cut batch and heads into strips"
     b,h,r,s = sorted_pos.shape
     step = max(1, places//(r*s))
@@ -133,7 +134,8 @@ def forward_strip(
     k,_ = unit_keys(qk, strip.rules.key_eps)
     xq,xk = query_table(upcast(qk)*(strip.rules.scale/math.log(2))),key_table(k, v, silent)
     _,gain = drop_limit(strip.rules.dropout)
-    out,lse = merge_strip(strip, *attend_strip(strip, xq, xk, qk.shape[-1], v.shape[-1], generator), gain)
+    sums,top,total = attend_strip(strip, xq, xk, qk.shape[-1], v.shape[-1], generator)
+    out,lse = merge_strip(strip, sums, top, total, gain)
     alone = sees_nobody(lse, silent)
     out[alone] = v[alone].to(out.dtype)
     return out,lse

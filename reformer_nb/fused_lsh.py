@@ -131,7 +131,7 @@ class OnceOnly(torch.autograd.Function):
 
     @staticmethod
     def setup_context(
-        ctx:object, # of this call
+        ctx, # of this call
         inputs:tuple, # what `forward` was given
         output:tuple, # what it returned
     )->None:
@@ -139,7 +139,7 @@ class OnceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx:object, # of this call
+        ctx, # of this call
         *grads:Tensor, # of the gradients
     )->None:
         "Refuse"
@@ -165,7 +165,7 @@ class FusedLSH(torch.autograd.Function):
 
     @staticmethod
     def setup_context(
-        ctx:object, # of this call
+        ctx, # of this call
         inputs:tuple, # what `forward` was given
         output:tuple, # what it returned
     )->None:
@@ -176,15 +176,15 @@ class FusedLSH(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx:object, # of this call
+        ctx, # of this call
         grad:Tensor|None, # (b, h, query_len, e) gradient of the output
         lse_grad:Tensor|None, # (b, h, n) gradient of the log-sum-exp
     )->tuple: # gradients of what `forward` was given
         "Gradients, from scores computed again"
-        saved = ctx.saved_tensors   # read once: a checkpoint recomputes them
-        qk,v,*_,out,_ = saved
+        qk,v,sorted_pos,buckets,mask,key_mask,attn_mask,out,lse = ctx.saved_tensors   # read once: a checkpoint recomputes them
         sources = [o for o in (grad, lse_grad) if o is not None]
-        with torch.no_grad(): dqk,dv = backward_strips(*saved, ctx.seed, ctx.rules, torch.zeros_like(out) if grad is None else grad, lse_grad)
+        if grad is None: grad = torch.zeros_like(out)
+        with torch.no_grad(): dqk,dv = backward_strips(qk, v, sorted_pos, buckets, mask, key_mask, attn_mask, out, lse, ctx.seed, ctx.rules, grad, lse_grad)
         if torch.is_grad_enabled(): dqk,dv = OnceOnly.apply(dqk, dv, *sources, qk, v)   # create_graph=True
         return dqk,dv,*(None,)*7
 

@@ -179,7 +179,7 @@ def stream_rows(
         with replay_modes(modes):
             if use_cache and t==0 and len(tokens): state = model.init_state(len(tokens))
             if state is None: logits = last_logits(model, tokens, real, context)
-            else: logits,state = last_logits(model, *unread, context, state)
+            else: logits,state = last_logits(model, unread[0], unread[1], context, state)
         token = choose(logits)
         yield token.masked_fill(ended, pad_token)
         if eos_token is not None: ended = ended | (token==eos_token)

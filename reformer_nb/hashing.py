@@ -7,6 +7,7 @@ __all__ = ['bucket_factors', 'random_rotations', 'seeded_generator', 'nearest_ax
            'rotate_vectors', 'hash_vectors', 'collision_probability']
 
 # %% ../nbs/01_hashing.ipynb #imports
+from functools import partial
 import hashlib, math
 import torch
 from einops import rearrange
@@ -34,9 +35,9 @@ def random_rotations(
     device:torch.device|str|None=None, # where the result goes
 )->Tensor: # (h, d, r, s) float32, s is half the sum of the factors
     "Gaussian matrices that act as random rotations; with a generator, more buckets add columns and change no other"
-    s,drawn = sum(bucket_factors(n_buckets))//2,dict(generator=generator, dtype=torch.float32, device='cpu')
-    if generator is None: return torch.randn(n_heads, d, n_hashes, s, **drawn).to(device=device)
-    columns = [torch.randn(n_heads, d, n_hashes, **drawn) for _ in range(s)]
+    s,draw = sum(bucket_factors(n_buckets))//2,partial(torch.randn, generator=generator, dtype=torch.float32, device='cpu')
+    if generator is None: return draw((n_heads, d, n_hashes, s)).to(device=device)
+    columns = [draw((n_heads, d, n_hashes)) for _ in range(s)]
     return torch.stack(columns, dim=-1).to(device=device)
 
 # %% ../nbs/01_hashing.ipynb #seeded-generator

@@ -43,7 +43,7 @@ def attend_fully(
     if causal and query_len==qk.shape[2]>1 and mask is key_mask is attn_mask is None:
         out = attend(q[:,:,1:], k[:,:,:-1], values[:,:,:-1], is_causal=True)
         return torch.cat([own[:,:,:1], out.to(v.dtype)], dim=2)
-    see = visible_pairs(qk.shape[2], causal=causal, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, device=qk.device)
+    see = visible_pairs(qk.shape[2], causal=bool(causal), mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, device=qk.device)
     alone = ~see.any(-1, keepdim=True)
     out = attend(q[:,:,:query_len], k, values, attn_mask=see | alone)   # what a lonely query sees here does not count
     return torch.where(alone, own[:,:,:query_len], out.to(v.dtype))
@@ -110,15 +110,18 @@ def attend_by_length(
     backend:str='auto', # 'fused', 'triton', 'reference', or 'auto', which chooses
 )->Tensor: # (b, h, query_len, d), zeros at masked positions
     "LSH attention of long rows, full attention of short ones"
-    common,masks = dict(query_len=query_len, causal=causal, scale=scale, key_eps=key_eps, dropout=dropout),dict(mask=mask, key_mask=key_mask, attn_mask=attn_mask)
-    if buckets is None: return (full_attention if backend=='reference' else attend_fully)(qk, v, **masks, **common)
-    lsh = partial(lsh_attention, bucket_size=bucket_size, look_back=look_back, look_around=look_around, attend_across_buckets=attend_across_buckets,
-                  allow_duplicate_attention=allow_duplicate_attention, backend=backend, **common)
+    common:dict = dict(query_len=query_len, causal=causal, scale=scale, key_eps=key_eps, dropout=dropout)
+    masks:dict = dict(mask=mask, key_mask=key_mask, attn_mask=attn_mask)
+    full:Callable = full_attention if backend=='reference' else attend_fully
+    if buckets is None: return full(qk, v, **masks, **common)
+    def lsh(qk, v, buckets, **masks):
+        return lsh_attention(qk, v, buckets, bucket_size=bucket_size, look_back=look_back, look_around=look_around, attend_across_buckets=attend_across_buckets,
+                             allow_duplicate_attention=allow_duplicate_attention, backend=backend, **common, **masks)
     if mask is None or not full_attn_thres: return lsh(qk, v, buckets, **masks)
     short = mask.sum(-1)<=full_attn_thres
     if torch.compiler.is_exporting():   # a graph cannot choose by the data, so it computes both
-        full = attend_short_rows(qk, v, length=min(full_attn_thres, qk.shape[2]), **masks, **common)
-        return torch.where(short[:,None,None,None], full, lsh(qk, v, buckets, **masks))
+        near = attend_short_rows(qk, v, length=min(full_attn_thres, qk.shape[2]), **masks, **common)
+        return torch.where(short[:,None,None,None], near, lsh(qk, v, buckets, **masks))
     if not short.any(): return lsh(qk, v, buckets, **masks)
     def rows(which): return {k: o if o is None else o[which] for k,o in masks.items()}
     out = attend_short_rows(qk[short], v[short], length=full_attn_thres, **rows(short), **common)
@@ -135,7 +138,7 @@ def full_attn_limit(
 )->int: # tokens in a row
     "Up to which length attention is full"
     if thres=='auto': return max(faster_in_full, bucket_size)
-    return bucket_size if thres is None else thres
+    return bucket_size if thres is None else int(thres)
 
 # %% ../nbs/05b_head_attention.ipynb #weights-by-length
 def weights_by_length(
@@ -157,7 +160,7 @@ def weights_by_length(
     allow_duplicate_attention:bool=True, # False: a key met several times counts once
 )->Tensor: # (b, h, query_len, n); costs quadratic memory
     "The weights with which `attend_by_length` attends, without dropout"
-    common = dict(mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, causal=causal, scale=scale, key_eps=key_eps)
+    common:dict = dict(mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, causal=causal, scale=scale, key_eps=key_eps)
     full = partial(full_attention, qk, qk, return_weights=True, **common)
     if buckets is None: return full()[1]
     attn = lsh_weights(qk, buckets, bucket_size=bucket_size, look_back=look_back, look_around=look_around, attend_across_buckets=attend_across_buckets,
@@ -228,7 +231,8 @@ def local_attention(
     n,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
     real = real_tokens(qk, mask)
     seen = real if key_mask is None else real & key_mask
-    qk,v,keep = zero_padding(qk, real),zero_padding(v, seen),dict(scale=scale, dropout=dropout)
+    qk,v = zero_padding(qk, real),zero_padding(v, seen)
+    keep:dict = dict(scale=scale, dropout=dropout)
     parts = [attend_windows(qk[:,:,:n], v[:,:,:n], window, real[:,:n], seen[:,:n], causal=causal, attn_mask=attn_mask, **keep)]
     if n<qk.shape[2]:
         visible = rearrange(seen[:,n:], 'b j -> b 1 1 1 j')

@@ -21,7 +21,7 @@ def local_directory(
     if Path(source).exists() or not is_id: return Path(source)
     try: from huggingface_hub import snapshot_download
     except ModuleNotFoundError: raise ImportError(f'{source} is no folder, and to fetch it from the hub huggingface_hub is needed; pip install huggingface_hub, or give a folder') from None
-    try: return Path(snapshot_download(source, allow_patterns=list(files)))
+    try: return Path(snapshot_download(str(source), allow_patterns=list(files)))
     except Exception as e:   # of many kinds: no such id, no access, no network
         raise FileNotFoundError(f'{source} is no folder, and the hub did not give it ({type(e).__name__}: {(str(e).strip().splitlines() or ["no message"])[0]}); check the id and the network, or download it elsewhere and give the folder') from None
 

@@ -74,7 +74,7 @@ class InBlocks(torch.autograd.Function):
 
     @staticmethod
     def setup_context(
-        ctx:object, # of this call
+        ctx, # of this call
         inputs:tuple, # what `forward` was given
         output:Tensor, # what it returned
     )->None:
@@ -84,7 +84,7 @@ class InBlocks(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx:object, # of this call
+        ctx, # of this call
         dy:Tensor, # gradient of the output
     )->tuple: # gradients of what `forward` was given
         "Compute the blocks again; a gradient that is to be differentiated has a graph of all of them"

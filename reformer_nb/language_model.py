@@ -88,7 +88,8 @@ class TokenLayers(nn.Module):
         nn.init.normal_(self.token_emb.weight, std=.02)
         self.to_model_dim = nn.Identity() if emb_dim==dim else nn.Linear(emb_dim, dim)
         layer = position_layer(config)
-        self.pos_emb,self.rotary = (None,layer) if isinstance(layer, RotaryEmbedding) else (layer,None)
+        self.rotary = layer if isinstance(layer, RotaryEmbedding) else None
+        self.pos_emb = layer if self.rotary is None else None
         inside = config.arguments_of(Reformer)
         if config['use_scale_norm'] or config['use_rezero']: inside['norm_eps'] = 1e-5   # only the LayerNorm at the end reads it
         self.reformer = Reformer(**inside)
@@ -166,7 +167,8 @@ class TokenModel(TokenVectors):
     )->Tensor|tuple: # (b, n, v) logits, or (b, n, e) if `return_embeddings`; with `state`, that and the state behind `tokens`
         "Logits for each position; what stands in padded places changes no other"
         x = self.embed(tokens, input_mask, keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask, state=state)
-        return self.logits(x) if state is None else (self.logits(x[0]), x[1])
+        if isinstance(x, tuple): return self.logits(x[0]),x[1]
+        return self.logits(x)
 
     def logits(self,
         x:Tensor, # (b, n, e) from `embed`

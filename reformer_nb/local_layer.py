@@ -221,7 +221,7 @@ def continue_windows(
     k:Tensor, # (b, h, n, d)
     v:Tensor, # (b, h, n, d)
     real:Tensor, # (b, n) bool, True where a real token stands
-    past:object, # a `SegmentCall`
+    past, # a `SegmentCall`
     index:int, # index of the layer
     attn_mask:Tensor|None=None, # must be None
 )->Tensor: # (b, h, n, d)

@@ -7,9 +7,10 @@ __all__ = ['check_tensor', 'as_tokens', 'real_targets', 'next_token_loss', 'loss
            'check_predicts', 'check_collected', 'NextToken']
 
 # %% ../nbs/10b_next_token.ipynb #imports
+from collections.abc import Callable
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from .core import Config, accept_names, as_mask, upcast
 from .in_blocks import compute_in_blocks
 from .reversible import in_shares
@@ -117,7 +118,7 @@ def check_predicts(
 
 # %% ../nbs/10b_next_token.ipynb #check-collected
 def check_collected(
-    model:object, # a language model
+    model:nn.Module, # a language model
 )->None:
     "Refuse a model in shares, where nobody has put the weights together"
     if not (in_shares(model) and hasattr(next(model.parameters()), 'full_tensor')): return
@@ -127,6 +128,10 @@ def check_collected(
 # %% ../nbs/10b_next_token.ipynb #next-token
 class NextToken:
     "The loss of a model whose `embed` makes vectors of tokens, and `head` a table and a bias for logits"
+    config:Config
+    embed:Callable
+    head:Callable
+
     @accept_names(renamed=dict(context='keys'))
     def loss(self,
         tokens:Tensor, # (b, n) integers; each position is to predict the next real token
@@ -145,11 +150,12 @@ class NextToken:
         tokens = as_tokens(tokens, self.config['num_tokens'], real)
         if input_attn_mask is not None:
             input_attn_mask = as_mask(input_attn_mask, (*tokens.shape, tokens.shape[1]), 'input_attn_mask')
+        weight,bias = self.head()
         if self.config.get('count_padding') and state is None:
             x = self.embed(tokens, real, keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask)[:,:-1]
-            return loss_in_blocks(x, *self.head(), tokens[:,1:], None if real is None else real[:,:-1] & real[:,1:])
+            return loss_in_blocks(x, weight, bias, tokens[:,1:], None if real is None else real[:,:-1] & real[:,1:])
         seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
         context = dict(keys=keys, context_mask=context_mask)
-        if state is None: return loss_in_blocks(self.embed(seen, real, **context, input_attn_mask=allowed), *self.head(), targets, real)
+        if state is None: return loss_in_blocks(self.embed(seen, real, **context, input_attn_mask=allowed), weight, bias, targets, real)
         x,state = self.embed(seen, real, **context, input_attn_mask=allowed, state=state)
-        return loss_in_blocks(x, *self.head(), targets, real),state
+        return loss_in_blocks(x, weight, bias, targets, real),state

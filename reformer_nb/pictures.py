@@ -134,7 +134,7 @@ def pairs_in(
     counts:Tensor, # (...) tokens in each cell
 )->int: # pairs of tokens in the same cell
     "Two of each cell"
-    return (counts*(counts-1)//2).sum().item()
+    return int((counts*(counts-1)//2).sum())
 
 def round_agreement(
     entry:dict, # of a recording

@@ -43,13 +43,15 @@ def run_case(
     clock = time.process_time if torch.get_num_threads()==1 else time.perf_counter
     torch.manual_seed(0)
     model,times = ReformerLM(**config).train(training),[]
-    opt = torch.optim.AdamW(model.parameters()) if training else None
+    opt = torch.optim.AdamW(model.parameters())   # takes no memory before its first step
     tokens = torch.randint(config['num_tokens'], (batch_size, seq_len + (training and not config.get('count_padding'))))   # places count: the last token is read too
     for _ in range(steps):
         start = clock()
         if training:
             loss = model.loss(tokens)
-            opt.zero_grad(), loss.backward(), opt.step()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
         else:
             with torch.no_grad(): model(tokens)
         times.append(clock()-start)
@@ -232,7 +234,8 @@ def make_plan(
     base = min(total-kept, extend(probes, work, (depth, 0, 0)))
     parts = dict(weights=kept//4 if training else kept) | (dict(gradients=kept//4, optimizer=kept//2) if training else {})
     parts |= {'process': base, 'work on tokens': total-kept-base}
-    return Plan(*size, changes, max(0., extend(probes, seconds, (depth, *size))), total, parts,
+    seq_len,batch_size = size
+    return Plan(seq_len, batch_size, changes, max(0., extend(probes, seconds, (depth, *size))), total, parts,
                 None if budget is None else longest_row(peak, budget, size[0]), budget)
 
 # %% ../nbs/15b_planner.ipynb #plan-code

@@ -8,7 +8,7 @@ __all__ = ['attention_layers', 'choose_layers', 'choose_heads', 'watch_layers', 
 
 # %% ../nbs/14_recorder.ipynb #imports
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 import torch
 from torch import Tensor, nn
@@ -146,13 +146,14 @@ class Recordings(nn.Module):
         "Keep what a layer attends with"
         entries,names = self.recordings.setdefault(self.iter, []),list(attention_layers(self.net))
         number = names.index(name) + len(names)*sum(o['name']==name for o in entries)   # blocks may share a layer
-        entry = new_entry(layer, AttentionCall(*call, layer.options), choose_heads(layer, self.heads), self.top_k)
+        entry = new_entry(layer, AttentionCall._make((*call, layer.options)), choose_heads(layer, self.heads), self.top_k)
         entries.append(dict(layer=number, name=name, **entry))
 
 # %% ../nbs/14_recorder.ipynb #recorder-class
 class Recorder(Recordings):
     "Records attention weights and buckets of each forward pass of a model"
-    ejected,watching,hooks,depth = False,None,(),0   # what ends a pass, hooks of the model while it is watched, calls within calls
+    ejected,hooks,depth = False,(),0   # hooks of the model while it is watched, calls within calls
+    watching:AbstractContextManager|None = None   # what ends a pass
 
     def listen(self,
         net:nn.Module, # about to be called
@@ -204,7 +205,8 @@ class Recorder(Recordings):
 
     def eject(self)->nn.Module: # the model
         "Forget all recordings and give the model back, as it was"
-        self.__exit__(), self.clear()
+        self.__exit__()
+        self.clear()
         self.ejected = True
         return self.net
 

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'same_rng_state', 'replay_rng', 'replay_modes', 'autocast_settings', 'replay_autocast',
            'watch_buffers', 'Circumstances', 'save_nothing', 'named_weights', 'check_leaves', 'needs_grad',
-           'check_arguments', 'check_output', 'check_state', 'sample', 'coarsest', 'drift']
+           'check_arguments', 'check_output', 'check_state', 'sample', 'coarsest', 'drift', 'check_drift']
 
 # %% ../nbs/06b_replay.ipynb #imports
+from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 import math
 import torch
@@ -100,6 +101,8 @@ def watch_buffers(
 # %% ../nbs/06b_replay.ipynb #circumstances
 class Circumstances:
     "What a call depends on, other than arguments, weights and buffers, as it is now"
+    buffers:dict # as they were before the call, by name; who keeps them puts them here
+
     def __init__(self,
         module:nn.Module|None, # about to be called; None for a function
         device:torch.device, # of its input
@@ -115,7 +118,7 @@ class Circumstances:
 # %% ../nbs/06b_replay.ipynb #save-nothing
 def save_nothing()->saved_tensors_hooks: # a context manager
     "Operations build their graph, but no tensor is kept for it"
-    return saved_tensors_hooks(lambda _: None, lambda _: None)
+    return saved_tensors_hooks(lambda _: None, lambda _: None)   # type: ignore[arg-type, return-value]
 
 # %% ../nbs/06b_replay.ipynb #named-weights
 def named_weights(
@@ -131,7 +134,8 @@ def check_leaves(
     name:str, # of the branch
 )->None:
     "Refuse a graph in which other tensors want a gradient"
-    seen,todo = {get_gradient_edge(o).node for o in known if o.requires_grad},[get_gradient_edge(out).node]
+    seen = {get_gradient_edge(o).node for o in known if o.requires_grad}
+    todo:list = [get_gradient_edge(out).node]
     while todo:
         node = todo.pop()
         if node is None or node in seen: continue
@@ -218,3 +222,16 @@ def drift(
     "How far a second output is from the first, as a share of what is allowed"
     allowed = min(.1, precision**(1/3))*first.norm() + 100*torch.finfo(x.dtype).eps*sample(x).norm()
     return (sample(out)-first).norm()/allowed
+
+# %% ../nbs/06b_replay.ipynb #check-drift
+def check_drift(
+    names:Iterable, # of what was computed again, in that order
+    drifts:list, # () `drift` of each
+)->None:
+    "Refuse gradients if a call gave something else the second time"
+    for name,size in zip(names, torch.stack(drifts).tolist()):
+        if not size>1: continue
+        raise RuntimeError(f'{name} gave something else when it was recomputed ({size:.3g} times what rounding '
+                           'may do), so gradients would be wrong; draw random numbers from torch only, keep counters '
+                           'in buffers and decisions by with_state; if rounding is the cause, use a higher precision, '
+                           'or set reverse_thres to run without reversibility')

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['add_exactly', 'add_to_stream', 'whole', 'in_shares', 'check_shares', 'Branch', 'Call', 'run_branch', 'recompute',
-           'branch_grads', 'run_forward', 'run_backward', 'check_drift', 'ReversibleFunction', 'run_plain', 'run_stack']
+           'branch_grads', 'run_forward', 'run_backward', 'ReversibleFunction', 'run_plain', 'run_stack']
 
 # %% ../nbs/08_reversible.ipynb #imports
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from .core import upcast
-from .replay import (Circumstances, check_leaves, check_output, check_state, coarsest, drift, named_weights,
+from .replay import (Circumstances, check_drift, check_leaves, check_output, check_state, coarsest, drift, named_weights,
                                 rng_state, same_rng_state, sample, save_nothing, watch_buffers)
 
 # %% ../nbs/08_reversible.ipynb #add-exactly
@@ -46,7 +46,7 @@ def whole(
     weight:Tensor, # any shape; a DTensor is collected from all processes
 )->Tensor: # the whole weight; each process gets the mean of its gradients, cut as the weight is
     "A weight of which each process may hold a share only"
-    if not hasattr(weight, 'full_tensor'): return weight
+    if not (hasattr(weight, 'full_tensor') and hasattr(weight, 'device_mesh')): return weight
     from torch.distributed.tensor import Partial
     mesh = weight.device_mesh
     res = weight.full_tensor(grad_placements=[Partial()]*mesh.ndim)
@@ -120,7 +120,7 @@ class Call:
 
     def args(self,
         k:int, # index of the branch
-        inputs:list, # the tensor arguments, and whatever follows them
+        inputs:list|tuple, # the tensor arguments, and whatever follows them
         *,
         again:bool=False, # in the recomputation
     )->dict: # F gets its keyword arguments, G its own
@@ -133,7 +133,7 @@ def run_branch(
     call:Call, # the pass through the stack
     k:int, # index of the branch
     x:Tensor, # (b, n, e) a stream
-    inputs:list, # tensor arguments, and whatever follows them
+    inputs:list|tuple, # tensor arguments, and whatever follows them
     state:Tensor|None=None, # what an earlier call returned
     *,
     replace:dict|None=None, # in the recomputation: tensors to use for weights and buffers, by name
@@ -188,7 +188,7 @@ def branch_grads(
 def run_forward(
     call:Call, # the pass through the stack; gets circumstances and samples
     streams:tuple, # x1 and x2, both (b, n, e)
-    inputs:list, # tensor arguments and weights
+    inputs:list|tuple, # tensor arguments and weights
 )->tuple: # y1 and y2, each with its rest, and for each branch a dict of what must not be computed twice
     "Run the stack by eq. 8, and keep no activations"
     streams,kept = [(o, torch.zeros(o.shape, dtype=o.dtype, device=o.device)) for o in streams],[]
@@ -226,25 +226,12 @@ def run_backward(
         del out,dx,found   # the next branch needs the room
     return streams,d_streams,d_leaves,drifts
 
-# %% ../nbs/08_reversible.ipynb #check-drift
-def check_drift(
-    call:Call, # the pass through the stack
-    drifts:list, # one for each branch, the last one first
-)->None:
-    "Refuse gradients if a branch gave something else the second time"
-    for branch,size in zip(reversed(call.branches), torch.stack(drifts).tolist()):
-        if not size>1: continue
-        raise RuntimeError(f'{branch.name} gave something else when it was recomputed ({size:.3g} times what rounding '
-                           'may do), so gradients would be wrong; draw random numbers from torch only, keep counters '
-                           'in buffers and decisions by with_state; if rounding is the cause, use a higher precision, '
-                           'or set reverse_thres to run without reversibility')
-
 # %% ../nbs/08_reversible.ipynb #function
 class ReversibleFunction(torch.autograd.Function):
     "The reversible stack as one operation that recomputes its inputs from its outputs (paper, eq. 9)"
     @staticmethod
     def forward(
-        ctx:object, # of this call
+        ctx, # of this call
         x1:Tensor, # (b, n, e)
         x2:Tensor, # (b, n, e)
         call:Call, # filled with what the backward pass needs
@@ -259,7 +246,7 @@ class ReversibleFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(
-        ctx:object, # of this call
+        ctx, # of this call
         *d_streams:Tensor, # gradients of y1 and y2, both (b, n, e)
     )->tuple: # gradients of what `forward` was given
         "Walk back through the stack"
@@ -272,7 +259,7 @@ class ReversibleFunction(torch.autograd.Function):
         kept = [{name: next(saved) for name in names} for names in ctx.names]
         leaves = [o.detach().requires_grad_(want) for o,want in zip(saved, wanted)]
         _,d_streams,d_inputs,drifts = run_backward(ctx.call, streams, kept, leaves, d_streams)
-        check_drift(ctx.call, drifts)
+        check_drift([o.name for o in reversed(ctx.call.branches)], drifts)
         return *d_streams,None,*d_inputs
 
 # %% ../nbs/08_reversible.ipynb #run-plain

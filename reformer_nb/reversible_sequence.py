@@ -85,7 +85,8 @@ class ReversibleSequence(nn.Module):
         if x.shape[-1]%2:
             raise ValueError(f'x has width {x.shape[-1]}, but must hold two streams of one width; make it even, '
                              'or call streams(x1, x2)')
-        return torch.cat(self.streams(*x.chunk(2, dim=-1), *route(arg_route, kwargs)), dim=-1)
+        x1,x2 = x.chunk(2, dim=-1)
+        return torch.cat(self.streams(x1, x2, *route(arg_route, kwargs)), dim=-1)
 
     def streams(self,
         x1:Tensor, # (b, n, e)

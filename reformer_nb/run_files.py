@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 import torch
 from accelerate import Accelerator
 from .atomic import write_atomic
@@ -29,7 +30,7 @@ def run_identity(
 )->dict: # what must not change when a run is resumed; rates and limits may
     "Model, data, order of the data, optimizer and precision"
     config,c = json.loads(encode_config(model)),corpus
-    texts = [hashlib.sha256(o.numpy()).hexdigest()[:16] for o in (c.train, c.valid)]
+    texts = [hashlib.sha256(o.numpy().data).hexdigest()[:16] for o in (c.train, c.valid)]
     same = ('seed', 'batch_size', 'seq_len', 'pieces', 'carry_state', 'optimizer', 'precision')
     return dict(model_class=config['model_class'], **config['arguments'], corpus=[c.name, *texts],
                 **{k: getattr(settings, k) for k in same})
@@ -50,12 +51,14 @@ class Run:
             raise ValueError('tensorboard=True writes into out, which is None; pass out, the folder of the run')
         if out: encode_config(model)   # refuses what could not be saved
         self.model,self.opt,self.corpus,self.settings,self.accelerator = model,opt,corpus,settings,accelerator
-        self.out = out and Path(out)
-        self.store = self.out and RunStore(self.out/'checkpoints', settings.keep)
+        self.out = Path(out) if out else None
+        self.store = RunStore(self.out/'checkpoints', settings.keep) if self.out else None
         self.step,self.seconds = 0,0.   # steps that were done, and their time
-        self.best = None   # {'step': when, 'bits_per_byte': what} of the best evaluation
-        self.states,self.board = None,None   # what is remembered of the texts; a writer for TensorBoard
-        self.history,self.interrupted = [],False   # a record for each step; whether a signal ended the run
+        self.best:dict|None = None   # {'step': when, 'bits_per_byte': what} of the best evaluation
+        self.states:list|None = None   # what is remembered of the texts
+        self.board:Any = None   # a writer for TensorBoard
+        self.history:list = []   # a record for each step
+        self.interrupted = False   # whether a signal ended the run
 
     @cached_property
     def identity(self)->dict: # of `run_identity`
@@ -102,7 +105,7 @@ class KeepsCheckpoints(Run):
         tensors,record = training_state(self.model, self.opt, self.accelerator, self.states)
         if self.accelerator.is_main_process:
             record |= dict(run=self.identity, seconds=self.seconds, best=self.best)
-            self.store.save(self.step, tensors, record, best=self.best and self.best['step'])
+            self.store.save(self.step, tensors, record, best=self.best['step'] if self.best else None)
         self.accelerator.wait_for_everyone()
 
     def resume(self)->bool: # whether there was a checkpoint

@@ -188,7 +188,7 @@ class RunStore:
         for o in self.steps():   # later ones belong to a run that was given up
             if o not in (*done[-self.keep:], best): self.path(o).unlink()
 
-    def newest(self)->tuple: # step, {name: tensor}, record; or None if there is none
+    def newest(self)->tuple|None: # step, {name: tensor}, record; or None if there is none
         "Read the newest checkpoint that is intact"
         for step in reversed(self.steps()):
             try: return step,*read_checkpoint(self.path(step))

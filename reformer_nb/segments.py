@@ -68,7 +68,8 @@ def attend_hashed(
         rings = {name: state[f'ring_{name}'] for name in ('keys', 'values', 'pos', 'count')}
         parts.append(attend_rings(qk, buckets, real, rings, window=o['bucket_size'], **options))
     own = torch.zeros_like(v) if layer.context_only else v
-    return zero_padding(merge_rounds(*(torch.cat(o, 2) for o in zip(*parts)), own), real)
+    out,lse = (torch.cat(o, 2) for o in zip(*parts))
+    return zero_padding(merge_rounds(out, lse, own), real)
 
 # %% ../nbs/06d_segments.ipynb #attend-all
 def attend_all(
@@ -90,7 +91,7 @@ def attend_all(
     key_mask = (torch.arange(mask.shape[1], device=mask.device)>=text).expand_as(mask) if layer.context_only else None
     common = dict(query_len=asked, causal=True, mask=mask, key_mask=key_mask, scale=o['scale'], dropout=layer.dropout if layer.training else 0.)
     if local: return local_attention(x, y, window=2*o['bucket_size'], **common)[:,:,asked-n:]
-    return full_attention(x, y, **common)
+    return full_attention(x, y, **common)   # type: ignore[return-value]
 
 # %% ../nbs/06d_segments.ipynb #stored
 def stored(

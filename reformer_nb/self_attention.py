@@ -7,6 +7,7 @@ __all__ = ['check_attention', 'check_around', 'attention_options', 'HashingHeads
            'StatefulSelfAttention', 'UpstreamWeights', 'LSHSelfAttention']
 
 # %% ../nbs/06_self_attention.ipynb #imports
+from collections.abc import Callable
 from functools import partial
 import torch
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ class HashingHeads(SharedQKHeads):
         self.options = attention_options(c)
         for k in ('use_full_attn', 'context_only', 'n_local_attn_heads', 'local_pos_emb', 'local_memory', 'return_attn', 'backend', 'count_padding'): setattr(self, k, c[k])
         self.attn_chunks,self.dropout,self.post_attn_dropout = c['attn_chunks'] or 1,c['dropout'],nn.Dropout(c['post_attn_dropout'])
-        self.callback = None
+        self.callback:Callable|None = None
 
     def hash_heads(self,
         qk:Tensor, # (b, h, n, d)
@@ -161,7 +162,7 @@ class StatefulSelfAttention(LocalHeads):
         context_mask:Tensor|None=None, # (b, c) True or 1 where the context has a real token
         pos_emb:Tensor|None=None, # (n, d/2) or (b, n, d/2) angles of rotary positions
         layer:int=0, # index of the layer: layers that share this module hash differently
-        past:object=None, # a `SegmentCall`: what is remembered of the text so far, if `x` goes on with it
+        past=None, # a `SegmentCall`: what is remembered of the text so far, if `x` goes on with it
     )->tuple: # output (b, n, e), and the buckets, or None if no row was hashed
         "`forward` that also returns the buckets, or reuses them"
         if past is not None:

@@ -24,9 +24,9 @@ from .upstream import rename_upstream, upstream_options
 from torch import Tensor, nn
 
 # %% ../nbs/16c_stand_ins.ipynb #upstream-model
-class UpstreamModel:
+class UpstreamModel(nn.Module):
     "Defaults and numerics of reformer_pytorch, and loading by its names, for a subclass of one of our classes"
-    upstream_defaults = dict(hash_seed=None)
+    upstream_defaults:dict = dict(hash_seed=None)
     def __init__(self,
         *args, # as in reformer_pytorch
         **options, # as there, and keywords of ours
@@ -109,7 +109,7 @@ class UpstreamLSHSelfAttention(UpstreamModel, LSHSelfAttention):
         return super().forward(x, *args, **options)
 
 # %% ../nbs/16c_stand_ins.ipynb #upstream-heads
-class UpstreamHeads:
+class UpstreamHeads(nn.Module):
     "Single heads that scale their scores as reformer_pytorch does"
     def forward(self,
         qk:Tensor, # (b, n, d) shared queries and keys
@@ -149,7 +149,7 @@ class UpstreamFullQKAttention(UpstreamHeads, FullQKAttention):
         self.scale = scale
 
 # %% ../nbs/16c_stand_ins.ipynb #other-layers
-class TakesSignal:
+class TakesSignal(nn.Module):
     "A layer of which a stack may say where it stands"
     def forward(self,
         x:Tensor, # (b, n, e)
@@ -189,7 +189,7 @@ class UpstreamAbsolutePositionalEmbedding(AbsolutePositionalEmbedding):
 # %% ../nbs/16c_stand_ins.ipynb #fixed-positions
 class UpstreamFixedPositionalEmbedding(FixedPositionalEmbedding):
     "`FixedPositionalEmbedding` of reformer_pytorch"
-    def forward(self,
+    def forward(self,   # type: ignore[override]
         x:Tensor, # (b, n, ...) floats
         seq_dim:int=1, # the dimension of positions
     )->Tensor: # (1, n, e) in the dtype of `x`

@@ -193,7 +193,7 @@ class TextState(LayerMemory):
         super().__init__()
         check_int('batch_size', batch_size)
         self.count = torch.zeros(batch_size, dtype=torch.int64)   # tokens of each row so far
-        self.context = None   # of the text, as it was given
+        self.context:tuple|None = None   # of the text, as it was given
 
     def check(self,
         x:Tensor, # (b, n, ...) the segment

@@ -38,14 +38,14 @@ def strict_counts(
     query_len:int, # positions from here on stand outside of time
 )->Tensor: # (b, h, query_len, n) int64
     "How many rounds show key j to query i, masks aside"
-    cut,counts = [query_len, real.shape[1]-query_len],0
+    cut,counts = [query_len, real.shape[1]-query_len],torch.zeros((), dtype=torch.int64, device=buckets.device)
     for ids in buckets.unbind(2):
         place = torch.cat([places_by_pairs(*o) for o in zip(ids.split(cut, dim=-1), real.split(cut, dim=-1))], dim=-1)
         apart = place[...,:query_len,None]-place[...,None,:query_len]
         text,outside = (apart>=1) & (apart<=window),place[...,None,query_len:]<window
         near = torch.cat([text, outside.expand(*text.shape[:3], -1)], dim=-1)
         counts = counts + (near & equal_pairs(ids[...,:query_len], ids))
-    return counts.long()
+    return counts
 
 # %% ../nbs/04a_strict.ipynb #oracle
 def strict_attention_oracle(
@@ -163,8 +163,8 @@ def attend_outside(
     "Attention to the keys outside of the text that share a query's bucket"
     visible = outside_keys(q_ids, k_ids, real, seen, window, attn_mask)
     counts = None if allow_duplicate_attention else visible.sum(2, keepdim=True).expand_as(visible)[:,:,:,None]
-    one = rearrange(q, 'b h i d -> b h 1 1 i d'),*(rearrange(o, 'b h j d -> b h 1 1 j d') for o in (k, v))
-    return tuple(o[:,:,:,0] for o in attend_chunks(*one, visible[:,:,:,None], scale=scale, counts=counts, dropout=dropout))
+    q,k,v = (rearrange(o, 'b h n d -> b h 1 1 n d') for o in (q, k, v))
+    return tuple(o[:,:,:,0] for o in attend_chunks(q, k, v, visible[:,:,:,None], scale=scale, counts=counts, dropout=dropout))
 
 # %% ../nbs/04a_strict.ipynb #outside-in-blocks
 def outside_in_blocks(
@@ -199,7 +199,8 @@ def strict_rounds(
     "Attention to the text, and to what stands outside of it, not yet merged"
     n,real = query_len,real_tokens(qk, mask)
     seen,pairs = real if key_mask is None else key_mask,None if attn_mask is None else attn_mask[...,:n]
-    text,options = (qk[:,:,:n], v[:,:,:n], buckets[...,:n]),dict(allow_duplicate_attention=allow_duplicate_attention, scale=scale, dropout=dropout)
+    text = qk[:,:,:n],v[:,:,:n],buckets[...,:n]
+    options:dict = dict(allow_duplicate_attention=allow_duplicate_attention, scale=scale, dropout=dropout)
     if choose_fused(backend, qk.device):
         if backend=='triton': from reformer_nb.triton_lsh import triton_lsh_attention as fused_lsh_attention   # of later notebooks
         else: from reformer_nb.fused_lsh import fused_lsh_attention

@@ -70,6 +70,12 @@ class Rules(NamedTuple):
 # %% ../nbs/04b_strips.ipynb #strip
 class Strip:
     "The chunks of some heads of one sequence, round after round, each round behind the chunk that it looks back to"
+    # what `number_places` adds, for `penalties`
+    pos:tuple # positions of the queries and of the keys, as `lay_out` gives them
+    runs:tuple|None # the same of the runs of a bucket; None if all keys of a chunk may be seen
+    cells:list|None # from `cell_tables`; None if a key may count twice
+    attn_mask:Tensor|None # (query_len, n) bool, True where query i may see key j
+
     def __init__(self,
         sorted_pos:Tensor, # (h, r, s) int32 sorted positions, s a multiple of m
         real:Tensor, # (n) bool, True where a real token stands; n up to s
@@ -187,7 +193,7 @@ def number_windows(
 )->None:
     "Give a strip what `penalties` compares under strict causality: places, buckets apart"
     numbers = torch.arange(buckets.shape[-1], device=buckets.device) + strip.m*bucket_runs(strip, buckets)   # (h, r, s)
-    strip.pos = strip.lay_out(*[numbers.to(dtype)]*2, -2)
+    strip.pos = strip.lay_out(numbers.to(dtype), numbers.to(dtype), -2)
     if strip.rules.allow_duplicate_attention: return
     by_token = rearrange(numbers.gather(-1, strip.undo_sort.long()), 'h r n -> r (h n)')
     strip.cells = [F.pad(by_token, (0,1), value=-2*strip.m)]
@@ -208,7 +214,7 @@ def number_places(
     runs = bucket_runs(strip, buckets)
     if not rules.allow_duplicate_attention: strip.cells = cell_tables(strip, runs)
     if buckets is None: return
-    strip.runs = strip.lay_out(*[runs.to(dtype)]*2, -1)
+    strip.runs = strip.lay_out(runs.to(dtype), runs.to(dtype), -1)
     if rules.look_back=='rounds': strip.runs[1][strip.m:].view(-1, strip.c+1, strip.m)[:,0] = -1   # of another round
 
 # %% ../nbs/04b_strips.ipynb #repeats
@@ -222,9 +228,10 @@ def log_repeats(
     own,*_ = strip.cells
     if strip.rules.causal=='strict':
         apart = (own[r][q]-own[r][k] for r in range(strip.r))
-        return sum(((o>0) & (o<=strip.m)).to(dtype) for o in apart).clamp_(min=1).log2_()
-    count = sum((seen[r][q]==own[r][k]).to(dtype) for seen in strip.cells for r in range(strip.r))
-    return count.clamp_(min=1).log2_()
+        shown = ((o>0) & (o<=strip.m) for o in apart)
+    else: shown = (seen[r][q]==own[r][k] for seen in strip.cells for r in range(strip.r))
+    counts = (o.to(dtype) for o in shown)
+    return sum(counts, next(counts)).clamp_(min=1).log2_()
 
 # %% ../nbs/04b_strips.ipynb #penalties
 def penalties(

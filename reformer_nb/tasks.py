@@ -7,6 +7,8 @@ __all__ = ['choose_places', 'mask_tokens', 'reserve', 'MaskedLM', 'masked_mean',
            'SequenceClassifier', 'TokenTagger', 'SpanFinder']
 
 # %% ../nbs/19_tasks.ipynb #518f6bc2
+from collections.abc import Callable
+from functools import partial
 import torch
 import torch.nn.functional as F
 from .checkpoints import model_classes
@@ -76,7 +78,7 @@ class MaskedLM(nn.Module, HuggingFaceWeights, Pretrained):
         self.config = Config(dict(mask_token=mask_token, special_tokens=tuple(special_tokens), mask_rate=mask_rate, **trunk))
         self.net = ReformerLM(**trunk)
         check_int('mask_token', mask_token, least=0)
-        as_tokens(torch.tensor([[mask_token, *special_tokens]]), trunk['num_tokens'])
+        as_tokens(torch.tensor([[mask_token, *special_tokens]]), self.net.config['num_tokens'])
 
     def forward(self,
         tokens:Tensor, # (b, n) integers
@@ -96,11 +98,12 @@ class MaskedLM(nn.Module, HuggingFaceWeights, Pretrained):
         config,real = self.config,None if input_mask is None else as_mask(input_mask, tokens.shape)
         tokens = as_tokens(tokens, config['num_tokens'], real)
         if labels is not None and generator is not None: raise ValueError('generator does nothing beside labels, which say what is hidden; leave one of them out')
-        if labels is not None: return loss_in_blocks(self.net.embed(tokens, real), *self.net.head(), check_labels(labels, tokens.shape, config['num_tokens'], real))
+        weight,bias = self.net.head()
+        if labels is not None: return loss_in_blocks(self.net.embed(tokens, real), weight, bias, check_labels(labels, tokens.shape, config['num_tokens'], real))
         masked,chosen = mask_tokens(tokens, config['num_tokens'], config['mask_token'], real=real,
                                     special_tokens=config['special_tokens'], rate=config['mask_rate'], generator=generator)
         x = self.net.embed(masked, real)[chosen]
-        return loss_in_blocks(x[None], *self.net.head(), tokens[chosen][None])
+        return loss_in_blocks(x[None], weight, bias, tokens[chosen][None])
 
 # %% ../nbs/19_tasks.ipynb #masked-mean
 def masked_mean(
@@ -149,7 +152,8 @@ class OnTokens(nn.Module, Pretrained):
     )->nn.Module: # of this class, in training mode
         "A model on the weights of a language model"
         arguments = {k: o for k,o in lm.config.items() if k not in ('return_embeddings','weight_tie_embedding')}
-        model,first = cls(*(() if count is None else (count,)), **arguments, **options),next(lm.parameters())
+        make:Callable = cls if count is None else partial(cls, count)
+        model,first = make(**arguments, **options),next(lm.parameters())
         kept = {k: o for k,o in lm.state_dict().items() if not k.startswith(('to_logits.','to_emb_dim.'))}
         model.to(first.device, first.dtype).net.load_state_dict(kept)
         return model
@@ -269,7 +273,7 @@ class SpanFinder(HuggingFaceWeights, OnTokens):
         for name,o in zip(('starts', 'ends'), wanted):
             wrong = (~real.gather(1, o.clamp(min=0)[:,None])[:,0] & (o!=-100)).nonzero()
             if len(wrong): raise ValueError(f'{name}[{wrong[0,0]}]={o[wrong[0,0]]} is a place of padding; give the place of a real token, or -100 where there is no answer')
-        return sum(F.cross_entropy(upcast(bets), o) for bets,o in zip(self(tokens, input_mask), wanted))/2
+        return torch.stack([F.cross_entropy(upcast(bets), o) for bets,o in zip(self(tokens, input_mask), wanted)]).mean()
 
 # %% ../nbs/19_tasks.ipynb #743be8e5
 model_classes.update({o.__name__: o for o in (MaskedLM, SequenceClassifier, TokenTagger, SpanFinder)})

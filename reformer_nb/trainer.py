@@ -134,6 +134,8 @@ def agree(
 # %% ../nbs/18c_trainer.ipynb #reads-text
 class ReadsText(RunFiles):
     "A run with something to learn from, and something to be measured on"
+    net:nn.Module # the model, as it is called in training
+
     @property
     def longest(self)->int|None: # bytes of a text whose segments go on with each other; None if none do
         "How far a text is read on"
@@ -194,7 +196,8 @@ class Trainer(Steps):
         out:str|Path|None=None, # folder of the run; None writes nothing
         show:bool=True, # a progress bar
     ):
-        check_corpus(corpus, settings), check_carries(model, settings)
+        check_corpus(corpus, settings)
+        check_carries(model, settings)
         accelerator = make_accelerator(model, settings)
         self.net,opt = place(model, settings, accelerator)
         super().__init__(model, opt, corpus, settings, accelerator, out=out)

@@ -34,7 +34,7 @@ def check_number(
 optimizers,precisions = ('adamw', 'adafactor'),('no', 'bf16', 'fp16')
 
 def check_settings(
-    s:object, # a `TrainSettings`
+    s:'TrainSettings', # what the user wants
 )->None:
     "Refuse numbers of no sense, and settings that exclude each other"
     for name in ('seq_len', 'batch_size', 'pieces', 'keep'): check_int(name, getattr(s, name))
@@ -226,7 +226,7 @@ def plot_buckets(
     grid = torch.full((rows*width,), float('nan'))
     grid[:len(tokens)] = (buckets*7 % 20).float()   # neighbouring ids get unlike colours
     ax.imshow(grid.view(rows, width), cmap='tab20', vmin=0, vmax=19, aspect='auto', alpha=.55)
-    style = dict(ha='center', va='center', fontsize=7, family='monospace')
+    style:dict = dict(ha='center', va='center', fontsize=7, family='monospace')
     for i,t in enumerate(tokens.tolist()):
         if 32<t<127: ax.text(i%width, i//width, f'\\{chr(t)}' if chr(t)=='$' else chr(t), **style)
     ax.set(xticks=[], yticks=[], title=f'layer {layer}, first head, first round: {len(buckets.unique())} buckets')

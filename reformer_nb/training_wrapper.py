@@ -83,7 +83,8 @@ class LossWrapper(nn.Module):
         seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
         counted = targets!=self.ignore_index if real is None else real & (targets!=self.ignore_index)
         x = self.net.embed(seen, real, **context, **given(dict(input_attn_mask=allowed)))
-        return loss_in_blocks(x, *self.net.head(), targets, counted)
+        weight,bias = self.net.head()
+        return loss_in_blocks(x, weight, bias, targets, counted)
 
 # %% ../nbs/12b_training_wrapper.ipynb #training-wrapper-generate
 class TrainingWrapper(LossWrapper):

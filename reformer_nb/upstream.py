@@ -35,7 +35,7 @@ def upstream_extras(
 )->dict: # {their name: our name, or None for what is computed here}
     "What reformer_pytorch stores of a language model beside the tensors that we store"
     fixed,rotary = isinstance(model.pos_emb, FixedPositionalEmbedding),model.rotary is not None
-    extras = {k: None for k,stored in {'pos_emb.inv_freq': fixed, 'layer_pos_emb.inv_freq': rotary}.items() if stored}
+    extras:dict = {k: None for k,stored in {'pos_emb.inv_freq': fixed, 'layer_pos_emb.inv_freq': rotary}.items() if stored}
     if model.config['weight_tie_embedding']: extras['out.1.tensor'] = 'token_emb.weight'
     return extras
 

@@ -2,9 +2,9 @@
 import math
 from itertools import product
 import peer
+from meter import Largest
 import pytest, torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.diagnostics import check_causality, check_gradients, check_padding
 from reformer_nb.recall import attention_recall, listen, row_recall
@@ -196,13 +196,6 @@ def test_recall_rises_and_ends_at_one():
     assert all(abs(o['mass']-1)<1e-9 and o['top']==1 for o in full)
 
 def test_recall_takes_linear_memory():
-    class Largest(TorchDispatchMode):
-        bytes = 0
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            res = func(*args, **(kwargs or {}))
-            for o in res if isinstance(res, (tuple, list)) else [res]:
-                if isinstance(o, torch.Tensor): self.bytes = max(self.bytes, o.nbytes)
-            return res
     layer,sizes = LSHSelfAttention(16, heads=2, bucket_size=64, n_hashes=2),[]
     for n in (2048, 4096):
         with Largest() as meter: attention_recall(layer, torch.randn(1, n, 16), queries=16)

@@ -4,6 +4,7 @@ from datetime import timedelta
 from pathlib import Path
 import numpy as np
 import peer
+from meter import Largest
 import pytest
 import reformer_nb
 import torch
@@ -17,7 +18,6 @@ from reformer_nb.training_wrapper import TrainingWrapper, top_k, top_p
 from reformer_nb.positions import FixedPositionalEmbedding, RotaryEmbedding
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 @pytest.fixture(autouse=True)
 def installed():
@@ -144,15 +144,6 @@ def test_L09_evaluation_is_repeatable():
     state = torch.get_rng_state()
     ours(x)
     assert torch.equal(state, torch.get_rng_state())
-
-class Largest(TorchDispatchMode):
-    "The number of elements of the largest tensor that is made"
-    size = 0
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for o in out if isinstance(out, (tuple,list)) else [out]:
-            if isinstance(o, torch.Tensor): self.size = max(self.size, o.untyped_storage().size()//o.element_size())
-        return out
 
 def test_L10_memory_of_hashing_is_linear():
     import reformer_pytorch.reformer_pytorch as up

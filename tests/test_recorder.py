@@ -1,8 +1,8 @@
 "Recorder: what it leaves behind, and what it keeps"
 import copy, pickle
+from meter import Largest
 import pytest, torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.encoder_decoder import ReformerEncDec
 from reformer_nb.training_wrapper import TrainingWrapper
@@ -206,13 +206,6 @@ def test_rows_of_a_table():
 @pytest.mark.slow
 def test_long_texts_in_bounded_memory():
     "8192 tokens, four heads: the dense weights would be 1 GiB"
-    class Largest(TorchDispatchMode):
-        bytes = 0
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            res = func(*args, **(kwargs or {}))
-            for o in res if isinstance(res, (tuple, list)) else [res]:
-                if isinstance(o, torch.Tensor): self.bytes = max(self.bytes, o.nbytes)
-            return res
     recorder = Recorder(LSHSelfAttention(64, heads=4, n_hashes=4, causal=True).eval(), top_k=16)
     with torch.no_grad(), Largest() as meter: recorder(torch.randn(1, 8192, 64))
     assert meter.bytes<=2**25 and recorder.recordings[0][0]['attn'].weights.shape==(1, 4, 8192, 16)
