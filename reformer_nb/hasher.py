@@ -120,7 +120,7 @@ def draw_hash(
     if not (source.training and source.drop_for_hash_rate): return drawn,vecs
     return drawn,drop_entries(vecs.detach(), source.drop_for_hash_rate, numbers(step, ' drop'))
 
-draw_uncompiled = torch._disable_dynamo(draw_hash)   # as `torch.compiler.disable`, which would load the compiler at once
+draw_uncompiled = getattr(torch, '_disable_dynamo', torch.compiler.disable)(draw_hash)   # the first does not load the compiler at once
 
 # %% ../nbs/01c_hasher.ipynb #power-of-two
 def power_of_two(
