@@ -130,11 +130,14 @@ def imported(source, modules):
 
 @functools.cache
 def course():
-    "{numbered notebook: its cells}, and for each the lower ones that it needs, less what others of these need"
+    "{numbered notebook: its cells}, and for each the lower ones that it imports or begins with, less what others of these need"
     cells = {o.name: nbformat.read(o, 4).cells for o in common.notebooks() if o.name[0].isdigit()}
     code = {k: [c for c in v if c.cell_type=='code'] for k,v in cells.items()}
     modules = {d['default_exp']: k for k,v in code.items() for c in v if 'default_exp' in (d := common.directives(c))}
     found = {k: {modules[m] for c in v for m in imported(c.source, modules) if modules.get(m, k)<k} for k,v in code.items()}
+    for k,v in cells.items():
+        opening = [c.source for c in v if c.cell_type=='markdown'][1].partition('*Needs*')[0]
+        found[k] |= {o for o in re.findall(r'\]\(([\w.-]+\.ipynb)', opening) if o in cells and o<k}
     def below(k): return found[k].union(*map(below, found[k]))
     return cells,{k: sorted(o for o in v if not any(o in below(p) for p in v-{o})) for k,v in found.items()}
 
