@@ -7,14 +7,15 @@ __all__ = ['Blocks', 'run_blocks', 'block_grads', 'InBlocks', 'compute_in_blocks
 
 # %% ../nbs/06f_in_blocks.ipynb #imports
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .core import check_int
 from .replay import Circumstances
 
 # %% ../nbs/06f_in_blocks.ipynb #blocks
-class Blocks(NamedTuple):
+@dataclass(frozen=True)
+class Blocks:
     "A function of many rows, and how its arguments are cut"
     fn:Callable # given a block of each tensor that is cut, then the whole ones
     count:int # how many of the tensors are cut
@@ -23,7 +24,7 @@ class Blocks(NamedTuple):
     then:Circumstances # of the first call
 
     def split(self,
-        tensors:list, # those to cut, then those that every block needs
+        tensors:tuple, # those to cut, then those that every block needs
     )->list: # of lists of tensors, one for each block
         "The arguments of each block"
         cut,whole = (o.split(self.size, dim=self.dim) for o in tensors[:self.count]),tensors[self.count:]
@@ -32,13 +33,13 @@ class Blocks(NamedTuple):
 # %% ../nbs/06f_in_blocks.ipynb #run-blocks
 def run_blocks(
     blocks:Blocks, # the function, and how to cut
-    tensors:list, # those to cut, then those that every block needs
+    tensors:tuple, # those to cut, then those that every block needs
 )->Tensor: # the results, joined
     "One block after the other"
-    res,at = None,0
+    res,at = torch.empty(0),0
     for args in blocks.split(tensors):
         out = blocks.fn(*args)
-        if res is None: res = out.new_empty([tensors[0].shape[i] if i==blocks.dim else o for i,o in enumerate(out.shape)])
+        if not at: res = out.new_empty([tensors[0].shape[i] if i==blocks.dim else o for i,o in enumerate(out.shape)])
         res.narrow(blocks.dim, at, out.shape[blocks.dim]).copy_(out)
         at += out.shape[blocks.dim]
     return res
@@ -46,13 +47,13 @@ def run_blocks(
 # %% ../nbs/06f_in_blocks.ipynb #block-grads
 def block_grads(
     blocks:Blocks, # the function, and how to cut
-    tensors:list, # those that were cut, then those that every block needs
+    tensors:tuple, # those that were cut, then those that every block needs
     wanted:list, # places in `tensors` of those that get a gradient
     dy:Tensor, # gradient of the joined results
 )->dict: # {place: gradient}
     "Compute each block again, and differentiate it"
     grads = {i: torch.zeros_like(tensors[i]) for i in wanted}
-    places = blocks.split([grads.get(i, o) for i,o in enumerate(tensors)])
+    places = blocks.split(tuple(grads.get(i, o) for i,o in enumerate(tensors)))
     for args,to,d in zip(blocks.split(tensors), places, dy.split(blocks.size, dim=blocks.dim)):
         args = [o.detach().requires_grad_(i in grads) for i,o in enumerate(args)]
         with torch.enable_grad(): out = blocks.fn(*args)

@@ -1,7 +1,9 @@
-"The tools behind `make run`, `make docs` and `make readme`"
-import sys
+"The tools behind `make run`, `make docs` and `make readme`, and what holds the pages together"
+import ast, functools, re, sys
 import grids
+import nbformat
 import pytest
+import reformer_nb
 from nbdev.config import get_config
 import nbformat
 from nbformat.v4 import new_code_cell, new_notebook, new_output
@@ -144,3 +146,54 @@ def test_sample(monkeypatch):
     assert grids.sample(grid, 5, 1)==grids.sample(grid, 5, 1)!=grids.sample(grid, 5, 2)
     monkeypatch.setattr(grids, 'whole', True)
     assert grids.sample(grid, 5) == list(grid)
+
+# ---- the way through the course ------------------------------------------------------------------------------------
+
+def imported(source, modules):
+    "Modules of the package that a cell imports from, also by the names that the package itself has"
+    for o in ast.walk(ast.parse(source)):
+        if not isinstance(o, ast.ImportFrom) or (o.module or '').split('.')[0]!=common.cfg.lib_name: continue
+        names = [a.name for a in o.names if a.name not in modules]
+        if '.' in o.module: yield o.module.split('.')[1]
+        else: yield from (getattr(getattr(reformer_nb, k), '__module__', k).split('.')[-1] for k in names)
+        yield from (a.name for a in o.names if '.' not in o.module and a.name in modules)
+
+@functools.cache
+def course():
+    "{numbered notebook: its cells}, and for each the lower ones that it imports or begins with, less what others of these need"
+    cells = {o.name: nbformat.read(o, 4).cells for o in common.notebooks() if o.name[0].isdigit()}
+    code = {k: [c for c in v if c.cell_type=='code'] for k,v in cells.items()}
+    modules = {d['default_exp']: k for k,v in code.items() for c in v if 'default_exp' in (d := common.directives(c))}
+    found = {k: {modules[m] for c in v for m in imported(c.source, modules) if modules.get(m, k)<k} for k,v in code.items()}
+    for k,v in cells.items():
+        opening = [c.source for c in v if c.cell_type=='markdown'][1].partition('*Needs*')[0]
+        found[k] |= {o for o in re.findall(r'\]\(([\w.-]+\.ipynb)', opening) if o in cells and o<k}
+    def below(k): return found[k].union(*map(below, found[k]))
+    return cells,{k: sorted(o for o in v if not any(o in below(p) for p in v-{o})) for k,v in found.items()}
+
+def way(name):
+    "The line on what a notebook needs and where it leads: to at most three that need it, or to the next"
+    cells,needs = course()
+    def link(k): return f'[{cells[k][0 if cells[k][0].cell_type=="markdown" else 1].source.splitlines()[0][2:]}]({k})'
+    names = list(cells)
+    after = [k for k in names if name in needs[k]][:3] or names[names.index(name)+1:][:1]
+    leads = ', '.join(map(link, after)) or '[Choosing n_hashes and bucket_size](guides/choosing.ipynb)'
+    return f'*Needs* {", ".join(map(link, needs[name])) or "no other notebook"} · *leads to* {leads}'
+
+@pytest.mark.parametrize('name', course()[0])
+def test_opening_says_what_a_notebook_needs(name):
+    opening = [c.source for c in course()[0][name] if c.cell_type=='markdown'][1]
+    assert [o for o in opening.splitlines() if o.startswith('*Needs*')]==[way(name)]   # imports have changed: write this line
+
+@pytest.mark.parametrize('name', course()[0])
+def test_ends_with_exercises(name):
+    "Each has an answer that is folded"
+    prose = '\n'.join(c.source for c in course()[0][name] if c.cell_type=='markdown')
+    tasks = prose.partition('Try it')[2]
+    assert len(re.findall(r'^:::\{admonition\} Answer.*\n:class: tip dropdown$', tasks, flags=re.M))>=1
+
+def test_links_lead_to_notebooks():
+    for page in common.notebooks():
+        for c in nbformat.read(page, 4).cells:
+            if c.cell_type!='markdown': continue
+            for target in re.findall(r'\]\(((?:[\w.-]+/)*[\w.-]+\.ipynb)', c.source): assert (page.parent/target).exists(), (page.name, target)
