@@ -849,6 +849,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                        'reformer_nb.run_state.RunStore.save': ('run_state.html#runstore.save', 'reformer_nb/run_state.py'),
                                        'reformer_nb.run_state.RunStore.steps': ( 'run_state.html#runstore.steps',
                                                                                  'reformer_nb/run_state.py'),
+                                       'reformer_nb.run_state.check_finite': ('run_state.html#check_finite', 'reformer_nb/run_state.py'),
                                        'reformer_nb.run_state.load_training_state': ( 'run_state.html#load_training_state',
                                                                                       'reformer_nb/run_state.py'),
                                        'reformer_nb.run_state.pack_texts': ('run_state.html#pack_texts', 'reformer_nb/run_state.py'),

@@ -262,6 +262,7 @@ def plan(
         raise ValueError(f'model lacks {", ".join(missing)}; give a ReformerLM, or the keyword arguments of one')
     if budget is not None and not budget>0: raise ValueError(f'budget={budget} must be above 0, in GiB; pass for example budget=8')
     config['max_seq_len'] = max(config.get('max_seq_len', 0), seq_len)
+    count_weights(config)   # refuses what makes no model, before anything is measured
     changed = [{}, *(alternatives(config, seq_len) if compare else [])]
     configs = [{**config, **o} for o in changed]
     probes = [probe_sizes(o, seq_len, batch_size, most) for o in configs]

@@ -64,3 +64,4 @@ def test_failures_are_told(capsys):
     with pytest.raises(ChildProcessError, match='2 rows of 999 tokens could not be measured: ValueError: 999 tokens'): measure([(small, 999, 2, True)], threads=1)
     with pytest.raises(ValueError, match='model lacks depth'): plan(dict(num_tokens=5, dim=8), 64)
     assert main('plan --budget -1'.split())==2 and 'budget=-1.0 must be above 0' in capsys.readouterr().err
+    assert main('plan --heads 0'.split())==2 and capsys.readouterr().err.startswith('reformer-nb: heads=0 must be at least 1')
