@@ -166,7 +166,7 @@ def test_a_failed_call_leaves_no_half_written_state():
     with torch.no_grad():
         _,state = model(text[:,:20], state=model.init_state(2))
         spare = state.clone()
-        handle = model.reformer.layers.blocks[-1][0].register_forward_pre_hook(fail)
+        handle = model.reformer.layers.blocks[-1][0].fn.toqk.register_forward_pre_hook(fail)
         with pytest.raises(MemoryError): model(text[:,20:], state=state)
         handle.remove()
         with pytest.raises(ValueError, match=r'only some of the layers remember its segment; go on with a clone\(\) made before'): model(text[:,20:], state=state)
