@@ -103,6 +103,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                  'reformer_nb.cli.run_generate': ('cli.html#run_generate', 'reformer_nb/cli.py'),
                                  'reformer_nb.cli.run_plan': ('cli.html#run_plan', 'reformer_nb/cli.py'),
                                  'reformer_nb.cli.run_train': ('cli.html#run_train', 'reformer_nb/cli.py'),
+                                 'reformer_nb.cli.tell': ('cli.html#tell', 'reformer_nb/cli.py'),
                                  'reformer_nb.cli.tell_cost': ('cli.html#tell_cost', 'reformer_nb/cli.py'),
                                  'reformer_nb.cli.write_on': ('cli.html#write_on', 'reformer_nb/cli.py')},
             'reformer_nb.compat': { 'reformer_nb.compat.Always': ('compat.html#always', 'reformer_nb/compat.py'),
