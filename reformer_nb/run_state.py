@@ -184,7 +184,7 @@ class RunStore:
 
     def steps(self)->list: # of int, rising
         "Which checkpoints there are"
-        return sorted(int(p.stem[5:]) for p in self.directory.glob('step-*.safetensors'))
+        return sorted(int(p.stem[5:]) for p in self.directory.glob('step-*.safetensors') if p.stem[5:].isdecimal())
 
     def save(self,
         step:int, # steps that were done
