@@ -218,5 +218,5 @@ def entry_rows(
 def summarize(
     recordings:dict, # {number: entries} of a `Recorder`
 )->list: # of dicts, one for each pass, layer, head and round
-    "All recordings as a table: entropy of the weights in bits, their shares on text, memory and context, and the buckets of each round"
+    "All recordings as a table: entropy of the weights that were kept in bits, their shares on text, memory and context, and the buckets of each round"
     return [{'pass': number, **row} for number,entries in recordings.items() for entry in entries for row in entry_rows(entry)]
