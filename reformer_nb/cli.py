@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['write_on', 'draw_pictures', 'new_run', 'tell_cost', 'report', 'run_train', 'run_evaluate', 'run_generate', 'run_plan',
-           'in_one_line', 'main']
+           'in_one_line', 'tell', 'main']
 
 # %% ../nbs/21_cli.ipynb #imports
-import argparse, codecs, errno, sys, time
+import argparse, codecs, errno, sys, time, warnings
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -157,16 +157,25 @@ def in_one_line(
     return f'{where}{error.strerror}; ' + ('make room; --resume goes on from the last checkpoint' if full else 'give a path that exists, of the right kind, with the right to use it')
 
 # %% ../nbs/21_cli.ipynb #main
+def tell(
+    what:Exception, # an error, or a warning
+    *_:object, # where a warning comes from, which is not shown
+)->None:
+    "One line on standard error"
+    print(f'reformer-nb: {in_one_line(what)}', file=sys.stderr)
+
 def main(
     args:list|None=None, # words of the command line; None takes those of the process
 )->int: # 0, or 2 after an error
-    "Run a command; an error is one line"
+    "Run a command; an error is one line, and so is a warning"
     run = dict(train=run_train, evaluate=run_evaluate, generate=run_generate, plan=run_plan)
     try:
-        o = parse(args)
-        run[o.command](o)
+        with warnings.catch_warnings():
+            warnings.showwarning = tell
+            o = parse(args)
+            run[o.command](o)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as e:
-        print(f'reformer-nb: {in_one_line(e)}', file=sys.stderr)
+        tell(e)
         return 2
     except KeyboardInterrupt: return 130
     return 0

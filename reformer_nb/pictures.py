@@ -30,7 +30,7 @@ def plot_attention(
     row:int=0, # of the batch
     ax=None, # matplotlib axes; None makes some
 ): # the axes
-    "Attention weights of a head; small ones are drawn darker than they are, lines show chunks, dashes where memory and context begin"
+    "Attention weights of a head; small ones are drawn darker than in proportion, lines show chunks, dashes where memory and context begin"
     import matplotlib.pyplot as plt
     from matplotlib.colors import PowerNorm
     attn,m,n = entry['attn'].to_dense()[row,head_of(entry, head)],entry['bucket_size'],entry['columns']['text'].stop
@@ -42,7 +42,8 @@ def plot_attention(
         for line in range(m, len(attn), m if attn.shape[1]==n else len(attn)): ax.axhline(line-.5, color='0.8', lw=.4)
     elif attn.shape[1]>n:
         for k in ('memory', 'context'): ax.axvline(entry['columns'][k].start-.5, color='#D55E00', lw=.8, ls='--')
-    ax.imshow(attn, cmap='Blues', norm=PowerNorm(.4, 0, 1), interpolation='nearest')
+    image = ax.imshow(attn, cmap='Blues', norm=PowerNorm(.4, 0, 1), interpolation='nearest')
+    ax.figure.colorbar(image, ax=ax, label='weight', ticks=(0, .01, .1, .3, .6, 1), fraction=.046, pad=.03)
     unit = 'position' if order is None else f'place in round {order}'
     ax.set(xlabel=f'key, {unit}', ylabel=f'query, {unit}', title=f'layer {entry["layer"]}, head {entry["heads"][head]}')
     return ax
@@ -217,5 +218,5 @@ def entry_rows(
 def summarize(
     recordings:dict, # {number: entries} of a `Recorder`
 )->list: # of dicts, one for each pass, layer, head and round
-    "All recordings as a table: entropy of the weights in bits, their shares on text, memory and context, and the buckets of each round"
+    "All recordings as a table: entropy of the weights that were kept in bits, their shares on text, memory and context, and the buckets of each round"
     return [{'pass': number, **row} for number,entries in recordings.items() for entry in entries for row in entry_rows(entry)]

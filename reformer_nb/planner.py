@@ -227,11 +227,13 @@ def make_plan(
 )->Plan:
     "Continue the line through the probes"
     depth,kept = config['depth'],kept_bytes(config, training)
-    work = fit(probes, [p - kept_bytes(dict(config, depth=d), training) for (d,_,_),(_,p) in zip(probes, found)])
+    counted = [(o, p - kept_bytes(dict(config, depth=o[0]), training)) for o,(_,p) in zip(probes, found)]
+    sizes,needs = zip(*(o for o in counted if training or o[0][0]==probes[-1][0]))   # without gradients, a layer leaves nothing behind for the next
+    work = fit(sizes, needs)
     seconds = fit(probes, [t for t,_ in found])
-    def peak(n): return kept + extend(probes, work, (depth, n, size[1]))
+    def peak(n): return kept + extend(sizes, work, (depth, n, size[1]))
     total = peak(size[0])
-    base = min(total-kept, extend(probes, work, (depth, 0, 0)))
+    base = min(total-kept, extend(sizes, work, (depth, 0, 0)))
     parts = dict(weights=kept//4 if training else kept) | (dict(gradients=kept//4, optimizer=kept//2) if training else {})
     parts |= {'process': base, 'work on tokens': total-kept-base}
     seq_len,batch_size = size
@@ -265,6 +267,7 @@ def plan(
         raise ValueError(f'model lacks {", ".join(missing)}; give a ReformerLM, or the keyword arguments of one')
     if budget is not None and not budget>0: raise ValueError(f'budget={budget} must be above 0, in GiB; pass for example budget=8')
     config['max_seq_len'] = max(config.get('max_seq_len', 0), seq_len)
+    count_weights(config)   # refuses what makes no model, before anything is measured
     changed = [{}, *(alternatives(config, seq_len) if compare else [])]
     configs = [{**config, **o} for o in changed]
     probes = [probe_sizes(o, seq_len, batch_size, most) for o in configs]

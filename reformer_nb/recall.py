@@ -82,6 +82,8 @@ def attention_recall(
 )->list: # of dicts, one for each layer, head, number of rounds and bucket size: layer, name, head, n_hashes, bucket_size, mass, top
     "How much of full attention LSH reaches in each head, in evaluation, in memory for a few rows of the matrix"
     for k,o in dict(top_k=top_k, queries=queries).items(): check_int(k, o)
+    for k,o in dict(n_hashes=n_hashes, bucket_size=bucket_size).items():
+        if isinstance(o, int): raise TypeError(f'{k}={o} must be a tuple of numbers to try; pass ({o},)')
     with torch.no_grad(), replay_modes([(o, False) for o in net.modules()]), listen(net) as heard: net(*args, **named)
     if not heard: raise ValueError(f'net is a {type(net).__name__} in which no LSHSelfAttention was called; give a model that has one')
     res = []

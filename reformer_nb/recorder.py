@@ -152,7 +152,7 @@ class Recordings(nn.Module):
 # %% ../nbs/14_recorder.ipynb #recorder-class
 class Recorder(Recordings):
     "Records attention weights and buckets of each forward pass of a model"
-    ejected,hooks,depth = False,(),0   # hooks of the model while it is watched, calls within calls
+    ejected,hooks,calls = False,(),()   # hooks of the model while it is watched, modules that are being called
     watching:AbstractContextManager|None = None   # what ends a pass
 
     def listen(self,
@@ -160,8 +160,8 @@ class Recorder(Recordings):
         args:tuple, # its arguments
     )->None:
         "Before a pass: ask the layers to report"
-        self.depth += 1
-        if self.depth>1 or not self.on: return   # a stack inside of a model
+        self.calls += net,
+        if len(self.calls)>1 or not self.on: return   # a stack inside of a model
         self.watching = watch_layers(self.net, self.record, self.layers)
         self.watching.__enter__()
 
@@ -171,8 +171,9 @@ class Recorder(Recordings):
         out:object, # its output, or None after an error
     )->None:
         "After a pass: leave the layers as they were; a pass that failed leaves no recording"
-        self.depth -= 1
-        if self.depth: return
+        if not self.calls or self.calls[-1] is not net: return   # another hook failed before `listen`
+        self.calls = self.calls[:-1]
+        if self.calls: return
         if self.watching: self.watching.__exit__(None, None, None)
         self.watching = None
         if out is None: self.recordings.pop(self.iter, None)

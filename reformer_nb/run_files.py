@@ -81,9 +81,9 @@ def read_metrics(
 )->list: # of records
     "What was noted of a run; a line that was being written when the run was killed is left out"
     found = []
-    for line in path.read_text(encoding='utf-8').splitlines() if path.exists() else ():
+    for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else ():
         with suppress(ValueError): found.append(json.loads(line))
-    return [o for o in found if o['step']<steps]
+    return [o for o in found if isinstance(o, dict) and isinstance(o.get('step'), int) and o['step']<steps]
 
 # %% ../nbs/18b_run_files.ipynb #open-board
 def open_board(
@@ -112,11 +112,13 @@ class KeepsCheckpoints(Run):
         "Go back to the newest intact checkpoint"
         found = self.store.newest()
         if found is None: return False
-        self.step,tensors,record = found
+        step,tensors,record = found
+        if 'run' not in record: raise ValueError(f'{self.store.path(step)} is no checkpoint of a run; remove it')
         for k,mine in self.identity.items():
             if (o := record['run'].get(k))==mine: continue
             raise ValueError(f'{self.out} holds a run with {k}={o}, this one has {mine}; choose another folder, '
                              'or resume with the same')
+        self.step = step
         self.states = load_training_state(self.model, self.opt, self.accelerator, tensors, record)
         self.seconds,self.best = record['seconds'],record['best']
         self.history = read_metrics(self.out/'metrics.jsonl', self.step)

@@ -194,13 +194,17 @@ class TextState(LayerMemory):
         check_int('batch_size', batch_size)
         self.count = torch.zeros(batch_size, dtype=torch.int64)   # tokens of each row so far
         self.context:tuple|None = None   # of the text, as it was given
+        self.whole = True   # False while a call updates it in place, and for ever if that call fails
 
     def check(self,
         x:Tensor, # (b, n, ...) the segment
         context:tuple, # keys and context_mask, as they were given
     )->None:
-        "Refuse another batch, and without gradients another context, which is projected once"
+        "Refuse another batch, what a failed call has left, and without gradients another context, which is projected once"
         if len(x)!=len(self.count): raise ValueError(f'the segment has {len(x)} rows, the state {len(self.count)}; make one by init_state({len(x)})')
+        if not self.whole:
+            raise ValueError('a call with this state has failed, and only some of the layers remember its segment; go on with a clone() made before, '
+                             'or begin anew with init_state')
         if torch.is_grad_enabled(): return
         if self.context is None: self.context = context
         elif any(a is not b for a,b in zip(self.context, context)):
@@ -208,6 +212,7 @@ class TextState(LayerMemory):
 
     def calls(self)->tuple: # of two SegmentCall, for F and for G
         "What a stack is given to go on"
+        self.whole = torch.is_grad_enabled()
         return tuple(SegmentCall(o) for o in self.layers)
 
     def after(self,
@@ -216,7 +221,7 @@ class TextState(LayerMemory):
     )->'TextState': # this one, or with gradients another
         "The state behind a segment"
         new = copy.copy(self) if torch.is_grad_enabled() else self
-        new.count = self.count.to(lengths.device) + lengths
+        new.count,new.whole = self.count.to(lengths.device) + lengths,True
         new.layers = tuple({**call.old, **call.new} for call in calls)
         return new
 

@@ -24,11 +24,11 @@ def check_number(
     *,
     zero:bool=False, # whether 0 is allowed
 )->None:
-    "Refuse `value` unless it is a finite number above 0"
+    "Refuse `value` unless it is a finite number above 0, or at least 0"
     if isinstance(value, bool) or not isinstance(value, (int,float)):
         raise TypeError(f'{name}={value!r} must be a number; leave it out for the default')
     if not (0<value<math.inf or zero and value==0):
-        raise ValueError(f'{name}={value} must be above 0, and finite; leave it out for the default')
+        raise ValueError(f'{name}={value} must be {"at least" if zero else "above"} 0, and finite; leave it out for the default')
 
 # %% ../nbs/18_training.ipynb #check-settings
 optimizers,precisions = ('adamw', 'adafactor'),('no', 'bf16', 'fp16')

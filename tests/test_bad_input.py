@@ -127,6 +127,18 @@ def test_exit_code_of_the_process(home):
     done = subprocess.run([sys.executable, '-c', entry, 'generate', str(home)], capture_output=True, text=True)
     assert done.returncode==2 and not done.stdout and done.stderr.count('\n')==1 and done.stderr.startswith('reformer-nb: ')
 
+def test_damaged_checkpoint(home, capsys):
+    "One line says so, and the run goes on from the checkpoint before"
+    words = train(home, '--save-every', 1, out='hurt')
+    assert command(*words)==0
+    newest = max((home/'hurt'/'checkpoints').iterdir())
+    newest.write_bytes(newest.read_bytes()[:-100])
+    capsys.readouterr()
+    assert command(*words, '--resume', '--steps', 4)==0
+    told = [o for o in capsys.readouterr().err.splitlines() if 'damaged' in o or 'UserWarning' in o]
+    assert len(told)==1 and told[0].startswith('reformer-nb: ') and newest.name in told[0] and 'going back to the checkpoint before' in told[0]
+    assert len((home/'hurt'/'metrics.jsonl').read_text().splitlines())==4
+
 # ---- targets that cannot be written ---------------------------------------------------------------------------------
 
 def last_line(told): return told.strip().splitlines()[-1]

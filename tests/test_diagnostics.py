@@ -195,6 +195,10 @@ def test_recall_rises_and_ends_at_one():
     full = attention_recall(LSHSelfAttention(24, heads=2, bucket_size=4, use_full_attn=True), x)
     assert all(abs(o['mass']-1)<1e-9 and o['top']==1 for o in full)
 
+def test_one_number_is_no_choice():
+    for k in ('n_hashes', 'bucket_size'):
+        with pytest.raises(TypeError, match=rf'{k}=4 must be a tuple of numbers to try; pass \(4,\)'): attention_recall(new_model(), tokens, **{k: 4})
+
 def test_recall_takes_linear_memory():
     layer,sizes = LSHSelfAttention(16, heads=2, bucket_size=64, n_hashes=2),[]
     for n in (2048, 4096):

@@ -46,6 +46,22 @@ def test_leaves_layers_as_found_after_an_error():
     recorder(tokens)
     assert [*recorder.recordings]==[0] and len(recorder.recordings[0])==2
 
+@pytest.mark.parametrize('where', (lambda model: model, lambda model: model.reformer))
+def test_an_error_before_the_recorder_is_called(where):
+    "A hook that stands before its own and fails: the model is left as it was, and later passes are recorded"
+    model,fails = new_model(),[True]
+    def fail(*_):
+        if fails: raise MemoryError('no more')
+    handle = where(model).register_forward_pre_hook(fail)
+    recorder = Recorder(model)
+    for _ in range(2):
+        with pytest.raises(MemoryError): recorder(tokens)
+    fails.clear()
+    recorder(tokens), recorder(tokens)
+    handle.remove()
+    assert {k: len(o) for k,o in recorder.recordings.items()}=={0: 2, 1: 2}
+    assert all(o.callback is None and 'report' not in vars(o) for o in attention_layers(model).values())
+
 @pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16, torch.float64))
 def test_dtypes(dtype):
     recorder = Recorder(new_model().to(dtype).eval())

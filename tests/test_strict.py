@@ -4,6 +4,7 @@ from itertools import product
 import grids
 import pytest
 import torch
+from reformer_nb.diagnostics import check_causality
 from reformer_nb.encoder_decoder import ReformerEncDec
 from reformer_nb.fused_lsh import fused_lsh_attention
 from reformer_nb.hasher import BucketHasher
@@ -84,11 +85,13 @@ def test_no_later_token_reaches_an_earlier_output(rounds, heads, local, memory, 
         other = torch.cat([text[:,:keep], tokens_of(2, n-keep, seed=1)], 1)
         short,long,changed = (model(o, keys=context) for o in (text[:,:keep], text, other))
         for o in (long, changed): torch.testing.assert_close(o[:,:keep], short, rtol=0, atol=1e-10)
+    assert check_causality(model, text, cuts=3, draws=1, tol=1e-10, keys=context)
 
 def test_the_ordinary_kind_leaks():
     model,text = new_model(causal=True),tokens_of(2, 64)
     other = torch.cat([text[:,:40], tokens_of(2, 24, seed=1)], 1)
     assert (model(text)-model(other))[:,:40].abs().max() > 1e-3
+    assert check_causality(model, text).error > 1e-3
 
 def test_memory_context_and_local_heads_matter():
     text,context = tokens_of(2, 64),draw(2, 5, 12, seed=3)
@@ -156,6 +159,18 @@ def test_a_state_with_gradients_is_left_as_it_was_and_branches():
         model(text[:,:20], state=branch)
         assert all(torch.equal(a, b) for a,b in zip(before, state.tensors()))
         torch.testing.assert_close(model(text[:,40:], state=state)[0], first, rtol=0, atol=1e-12)
+
+def test_a_failed_call_leaves_no_half_written_state():
+    model,text = new_model(local=1),tokens_of(2, 60)
+    def fail(*_): raise MemoryError('no more')
+    with torch.no_grad():
+        _,state = model(text[:,:20], state=model.init_state(2))
+        spare = state.clone()
+        handle = model.reformer.layers.blocks[-1][0].fn.toqk.register_forward_pre_hook(fail)
+        with pytest.raises(MemoryError): model(text[:,20:], state=state)
+        handle.remove()
+        with pytest.raises(ValueError, match=r'only some of the layers remember its segment; go on with a clone\(\) made before'): model(text[:,20:], state=state)
+        torch.testing.assert_close(model(text[:,20:], state=spare)[0], model(text)[:,20:], rtol=0, atol=1e-10)
 
 def test_no_copy_of_the_rings_for_a_token():
     model,text = new_model(),tokens_of(1, 30)

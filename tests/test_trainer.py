@@ -246,6 +246,16 @@ def test_real_board(tmp_path):
     assert [o.value for o in found.Scalars('bits_per_byte')]==pytest.approx([o['bits_per_byte'] for o in history])
     assert [o.step for o in found.Scalars('valid')]==[1, 3]
 
+def test_files_of_others_among_its_own(tmp_path):
+    "A name that is no step, lines that are no records, a model in the place of a checkpoint"
+    def fit(steps): return Trainer(strict_model(), words, replace(drawn, steps=steps, tensorboard=False), out=tmp_path, show=False).fit(resume=True)
+    fit(3)
+    (tmp_path/'checkpoints'/'step-old.safetensors').touch()
+    with open(tmp_path/'metrics.jsonl', 'ab') as f: f.write(b'{"x": 3}\n[1]\n\xff\n{"step": ')
+    assert [o['step'] for o in fit(4)]==[0, 1, 2, 3]
+    (tmp_path/'model.safetensors').rename(tmp_path/'checkpoints'/'step-000000009.safetensors')
+    with pytest.raises(ValueError, match='step-000000009.safetensors is no checkpoint of a run; remove it'): fit(5)
+
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 spread = common + textwrap.dedent('''

@@ -1,6 +1,6 @@
 """Writing token by token: `python nbs/experiments/decoding.py [part ...] [--quick]`
 
-    prefix   milliseconds for a new token against the length of the text before it, with reformer_pytorch beside
+    prefix   milliseconds of processor time for a new token against the length of the text before it, with reformer_pytorch beside
     stream   a text of a million tokens in segments: peak memory, the state, and what a full cache would take
 
 Each part writes results/decoding_<part>.csv; `--quick` takes smaller sizes and writes to out/bench. Parts that measure
@@ -35,34 +35,35 @@ def read(model, tokens, size=2048):
 
 @torch.no_grad()
 def step_times(model, state, repeat):
-    "Seconds that each of some new tokens takes"
+    "Seconds of processor time that each of some new tokens takes, after one that fetches weights and state again"
     token,found = torch.tensor([[7]]),[]
-    for _ in range(repeat):
-        start = time.perf_counter()
+    for _ in range(repeat+1):
+        start = time.process_time()
         logits,state = model(token, state=state)
         token = logits[:,-1].argmax(-1, keepdim=True)
-        found.append(time.perf_counter()-start)
-    return found
+        found.append(time.process_time()-start)
+    return found[1:]
 
 def their_times(wrapper, prefix, repeat):
-    "Seconds that each of some new tokens takes by `generate`, which reads the whole text again"
+    "Seconds of processor time that each of some new tokens takes by `generate`, which reads the whole text again"
     found = []
     for _ in range(repeat):
-        start = time.perf_counter()
+        start = time.process_time()
         wrapper.generate(text(prefix), 1, filter_thres=.9)
-        found.append(time.perf_counter()-start)
+        found.append(time.process_time()-start)
     return found
 
 def prefix(folder, quick):
-    "Both, in turns, at growing prefixes"
+    "Both, in turns, at growing prefixes, on one thread"
+    torch.set_num_threads(1)
     for dim in (64,) if quick else (64, 512):
         lengths = (128, 512) if quick else (128, 512, 1024, 2048, 8192, 65536)
         model,peer = ours(dim, 2**17, 256),theirs(dim, 2**12)
         states = {n: read(model, text(n)) for n in lengths}
         for _ in range(2): [step_times(model, states[n], 3) for n in lengths]   # warm up
         mine,other = {n: [] for n in lengths},{n: [] for n in lengths if n<=2048}
-        for _ in range(2 if quick else 5):
-            for n in lengths: mine[n] += step_times(model, states[n], 8)
+        for _ in range(2 if quick else 9):
+            for n in lengths: mine[n] += step_times(model, states[n], 5)
             for n in other: other[n] += their_times(peer, n, 1)
         for n in lengths:
             row = dict(dim=dim, prefix=n, ms=round(1000*statistics.median(mine[n]), 2),
