@@ -148,7 +148,7 @@ def run_plan(
 
 # %% ../nbs/21_cli.ipynb #in-one-line
 def in_one_line(
-    error:Exception, # what went wrong
+    error:Exception|str, # what went wrong
 )->str:
     "What to tell the user"
     if not isinstance(error, OSError) or not error.strerror: return ' '.join(str(error).split())
@@ -158,8 +158,7 @@ def in_one_line(
 
 # %% ../nbs/21_cli.ipynb #main
 def tell(
-    what:Exception, # an error, or a warning
-    *_:object, # where a warning comes from, which is not shown
+    what:Exception|str, # an error, or a warning
 )->None:
     "One line on standard error"
     print(f'reformer-nb: {in_one_line(what)}', file=sys.stderr)
@@ -171,7 +170,7 @@ def main(
     run = dict(train=run_train, evaluate=run_evaluate, generate=run_generate, plan=run_plan)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = tell
+            warnings.showwarning = lambda message, *_, **__: tell(message)
             o = parse(args)
             run[o.command](o)
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as e:

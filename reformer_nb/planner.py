@@ -228,16 +228,19 @@ def make_plan(
     "Continue the line through the probes"
     depth,kept = config['depth'],kept_bytes(config, training)
     counted = [(o, p - kept_bytes(dict(config, depth=o[0]), training)) for o,(_,p) in zip(probes, found)]
-    sizes,needs = zip(*(o for o in counted if training or o[0][0]==probes[-1][0]))   # without gradients, a layer leaves nothing behind for the next
+    sizes,needs = map(list, zip(*(o for o in counted if training or o[0][0]==probes[-1][0])))   # without gradients, a layer leaves nothing behind for the next
     work = fit(sizes, needs)
     seconds = fit(probes, [t for t,_ in found])
     def peak(n): return kept + extend(sizes, work, (depth, n, size[1]))
-    total = peak(size[0])
+    total,took = peak(size[0]),extend(probes, seconds, (depth, *size))
+    if any(now<.9*max(o) for now,o in zip((took,total), zip(*found))):   # no probe is larger than the step
+        raise ValueError(f'the line through steps of up to {max(n for _,n,_ in probes)} tokens falls behind them at {size[0]}, so it foretells nothing; '
+                         'measure longer ones, with a larger most')
     base = min(total-kept, extend(sizes, work, (depth, 0, 0)))
     parts = dict(weights=kept//4 if training else kept) | (dict(gradients=kept//4, optimizer=kept//2) if training else {})
     parts |= {'process': base, 'work on tokens': total-kept-base}
     seq_len,batch_size = size
-    return Plan(seq_len, batch_size, changes, max(0., extend(probes, seconds, (depth, *size))), total, parts,
+    return Plan(seq_len, batch_size, changes, took, total, parts,
                 None if budget is None else longest_row(peak, budget, size[0]), budget)
 
 # %% ../nbs/15b_planner.ipynb #plan-code

@@ -152,7 +152,9 @@ class Recordings(nn.Module):
 # %% ../nbs/14_recorder.ipynb #recorder-class
 class Recorder(Recordings):
     "Records attention weights and buckets of each forward pass of a model"
-    ejected,hooks,calls = False,(),()   # hooks of the model while it is watched, modules that are being called
+    ejected = False
+    hooks:tuple = ()   # of the model while it is watched
+    calls:tuple = ()   # modules that are being called
     watching:AbstractContextManager|None = None   # what ends a pass
 
     def listen(self,

@@ -32,6 +32,15 @@ def test_layers_without_gradients_share_their_memory():
     planned = make_plan(config, size, False, None, {}, sizes, found)
     assert planned.peak==pytest.approx(peak(6, 4096), rel=.15)
 
+def test_a_line_that_falls_is_refused():
+    "A step that would take less than its own probes"
+    config,size = dict(small, max_seq_len=4096),(4096, 1)
+    sizes = probe_sizes(config, *size, most=512)
+    steep = [(1., 2**30 if n==512 else 2**31) for _,n,_ in sizes]
+    with pytest.raises(ValueError, match='up to 512 tokens falls behind them at 4096.*larger most'): make_plan(config, size, True, None, {}, sizes, steep)
+    slow = [(1. if n==512 else 2., 2**30) for _,n,_ in sizes]
+    with pytest.raises(ValueError, match='larger most'): make_plan(config, size, True, None, {}, sizes, slow)
+
 def test_limits_are_as_much_smaller_as_matrices():
     full = dict(small, use_full_attn=True, backend='reference')
     for n,b in ((9000, 1), (3072, 2), (512, 4)):
