@@ -1192,6 +1192,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'reformer_nb/triton_hashing.py'),
                                             'reformer_nb.triton_hashing.hash_tile': ( 'triton_hashing.html#hash_tile',
                                                                                       'reformer_nb/triton_hashing.py'),
+                                            'reformer_nb.triton_hashing.kernel_agrees': ( 'triton_hashing.html#kernel_agrees',
+                                                                                          'reformer_nb/triton_hashing.py'),
                                             'reformer_nb.triton_hashing.nearest_end': ( 'triton_hashing.html#nearest_end',
                                                                                         'reformer_nb/triton_hashing.py')},
             'reformer_nb.triton_lsh': { 'reformer_nb.triton_lsh.TritonLSH': ('triton.html#tritonlsh', 'reformer_nb/triton_lsh.py'),

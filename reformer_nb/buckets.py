@@ -119,8 +119,8 @@ def assign_buckets(
     if n_ids is None: n_ids = math.prod(2*columns.shape[-1] for columns,_ in digits)
     if mask is not None: mask = as_mask(mask, (vecs.shape[0], vecs.shape[2]), 'mask')
     if kernel_hashes(vecs, n_best):
-        from reformer_nb.triton_hashing import hash_on_gpu   # of a later notebook
-        return hash_on_gpu(vecs, digits, mask, n_ids)
+        from reformer_nb.triton_hashing import hash_on_gpu, kernel_agrees   # of a later notebook
+        if kernel_agrees(vecs.device): return hash_on_gpu(vecs, digits, mask, n_ids)
     if n_best==1: hashed = lambda v: hash_factorised(v, rotations, n_buckets)
     else:
         ((columns,f),) = digits

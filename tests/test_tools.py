@@ -5,7 +5,6 @@ import nbformat
 import pytest
 import reformer_nb
 from nbdev.config import get_config
-import nbformat
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
 sys.path.insert(0, str(get_config().nbs_path/'_tools'))

@@ -16,6 +16,7 @@ from reformer_nb.hashing import random_rotations
 from reformer_nb.self_attention import LSHSelfAttention
 from reformer_nb.strict import strict_attention_oracle
 from reformer_nb.triton_forward import tile_rows
+from reformer_nb import triton_hashing
 from reformer_nb.triton_hashing import hash_on_gpu
 from reformer_nb.triton_lsh import triton_lsh_attention
 
@@ -229,6 +230,20 @@ def test_a_hasher_calls_the_kernel(monkeypatch, options):
         torch.manual_seed(0)
         ids.append(BucketHasher(2, 4, **options).train()(vecs, mask.to(device)))
     same_ids(ids[0], ids[1].cpu())
+
+@pytest.mark.parametrize('broken', ('raises', 'lies'))
+def test_a_device_that_hashes_wrongly_is_left_to_pytorch(monkeypatch, broken):
+    def kernel(vecs, digits, mask, n_ids):
+        if broken=='raises': raise RuntimeError('no such instruction')
+        return torch.zeros(*vecs.shape[:2], 2, vecs.shape[2], dtype=torch.int16, device=vecs.device)
+    monkeypatch.setattr(triton_hashing, 'hash_on_gpu', kernel)
+    monkeypatch.setattr(buckets_module, 'kernel_hashes', lambda vecs, n_best: True)
+    triton_hashing.kernel_agrees.cache_clear()
+    x,hasher = draw(1, 2, 100, 64, seed=1),BucketHasher(2, 4).eval()
+    try:
+        with pytest.warns(UserWarning, match='no such instruction' if broken=='raises' else 'gives other ids'): found = hasher(x)
+        same_ids(found, hasher(x.cpu()))
+    finally: triton_hashing.kernel_agrees.cache_clear()
 
 @pytest.mark.cuda
 def test_hashers_on_a_gpu_take_the_kernel():
