@@ -23,6 +23,9 @@ def test_rows_come_back_as_they_went(tmp_path):
     assert records.read(path) == [dict(name='a, "b"', k=1), dict(name='', k=.5), dict(name='c', k='')]
     with pytest.raises(ValueError, match='move the old file away'): records.append(path, dict(name='d', other=1))
 
+def test_growth_is_a_slope_of_logarithms():
+    assert records.slope([(x, 7*x**1.5) for x in (1, 2, 4, 8)])==pytest.approx(1.5)
+
 # ---- duplication ---------------------------------------------------------------------------------------------------
 
 def test_the_second_word_alone_counts():
@@ -150,6 +153,31 @@ def test_reversible_or_not_trains_alike(corpus):
     assert curve==other
     for x,y in zip(a.parameters(), b.parameters()): torch.testing.assert_close(x, y)
 
+def text_row(attention, bits, seed=0, length=2048, variant=''):
+    return dict(attention=attention, variant=variant, seed=seed, length=length, bits=bits, parameters=1, seconds_per_step=.1, recall_mass='', recall_top='')
+
+def test_runs_of_one_length_are_compared_by_the_spread_of_all_seeds():
+    rows = [text_row('Full', 3.), text_row('LSH-2', 3.3), text_row('LSH-2', 3.2, seed=1),
+            text_row('Full', 4., length=4096), text_row('LSH-2', 3.95, length=4096), text_row('Local', 4.2, length=4096)]
+    assert [(o['run'], o['length'], o['apart']) for o in text.spread(rows)]==[('LSH-2', 2048, .1)]
+    assert [(o['run'], o['more'], o['beyond the spread']) for o in text.against(rows, 'Full', ('LSH-2', 'Local'))]==[('Full', '+0.000', 'no'), ('LSH-2', '+0.300', 'yes')]
+    longer = list(text.against(rows, 'Full', ('LSH-2', 'Local'), length=4096))
+    assert [(o['run'], o['more'], o['beyond the spread']) for o in longer]==[('Full', '+0.000', 'no'), ('LSH-2', '-0.050', 'no'), ('Local', '+0.200', 'yes')]
+
+def test_what_silenced_heads_cost_is_told_by_length():
+    rows = [text_row('LSH-2', 3., length=o) for o in (2048, 4096)]
+    reads = [dict(o, read='no heads', bits=o['bits']+more) for o,more in zip(rows, (1, 2))]
+    found = [[o['without heads'] for o in text.silenced(rows, reads, length=n)] for n in (2048, 4096)]
+    assert found==[['+1.000'], ['+2.000']]
+
+def test_the_parts_on_text_differ_in_what_they_say():
+    found = {o: text.runs([o]) for o in text.parts}
+    together = [run for part in found.values() for run in part]
+    assert len(set(together))==len(together)
+    seen = {run.steps*run.length for run in together}
+    assert len(seen)==1 and {run.length for run in found['context']}=={4096}
+    assert [(run.attention, run.variant) for run in found['context']]==[('LSH-2', ''), ('Full', ''), ('Local', ''), ('LSH-2', 'half local')]
+
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
 def test_full_attention_is_what_it_says():
@@ -191,6 +219,20 @@ def test_rows_of_one_chunk_attend_in_full(who):
     torch.testing.assert_close(out, full_attention(qk, v, causal=True))
     out.backward(grad)
     assert qk.grad.shape==v.grad.shape==out.shape==(4, 2, 64, 64) and qk.grad.any() and v.grad.any()
+
+def speed_row(who, n, both): return dict(who=who, n=n, both=both)
+
+def test_where_hashing_is_ahead():
+    rows = [speed_row('full', n, y) for n,y in ((1024, 1.), (2048, 2.), (4096, 4.))]
+    for who,y in (('LSH-1', .5), ('LSH-2', 1.5), ('LSH-4', 3.), ('LSH-8', 9.)): rows += [speed_row(who, n, y) for n in (1024, 2048, 4096)]
+    assert dict(speed.ahead_of_full(rows))=={'LSH-1': 1024, 'LSH-2': 2048, 'LSH-4': 4096, 'LSH-8': None}
+    shown = {o['attention']: o for o in speed.at_constant_tokens(rows)}
+    assert shown['full']=={'attention': 'full', 1024: '1.00', 2048: '2.00', 4096: '4.00', 'exponent': '1.00'}
+    assert shown['LSH-8']['exponent']=='0.00' and 'matrix kept' not in shown
+
+def test_how_many_times_as_much_others_take():
+    rows = [speed_row('reformer_nb', 1024, 2.), speed_row('transformers', 1024, 5.), speed_row('reformer_nb', 2048, 3.), speed_row('transformers', 2048, '')]
+    assert list(speed.ratios(rows, 'both'))==[dict(length=1024, reformer_nb=2., transformers='2.5×'), dict(length=2048, reformer_nb=3.)]
 
 # ---- memory law ----------------------------------------------------------------------------------------------------
 
@@ -238,4 +280,3 @@ def test_growth_is_found():
     found,error = memory_law.fit(points, (1, 2))
     assert found==pytest.approx([3, 5]) and error<1e-9
     assert memory_law.fit(points, (0, 1))[1]>.1
-    assert memory_law.slope([(x, 7*x**1.5) for x in (1, 2, 4, 8)])==pytest.approx(1.5)

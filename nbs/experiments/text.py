@@ -8,7 +8,7 @@ their names say, and in nothing else: data, steps, recipe and held-out windows a
     strict   strict causality, with hashing in all heads and in half of them
     figure3  queries and keys with projections of their own; one stream of residuals
     figure4  1, 4 and 8 hash rounds
-    context  hashed, full, local and half local attention in windows of 4096
+    context  hashed, full, local and half local attention: as many bytes, in windows of 4096 and half as many steps
     seeds    another seed of three more runs, for the spread
 
 Each finished run adds a row to results/text.csv, its curve to results/text_curves.csv, what it reads in other ways to
@@ -30,7 +30,7 @@ from reformer_nb.shared_qk import join_masks
 from records import append, read, results, surroundings
 
 heads,warm_up,every = 4,25,50   # attention heads; steps until the full learning rate; steps in a point of a curve
-held_out,few = 64,8             # windows of held-out files behind a result, and behind a point of a curve
+held_out,few = 64,8             # windows of held-out files behind a result, half as many of twice the length; and behind a point of a curve
 
 @dataclass(frozen=True)
 class Run:
@@ -204,7 +204,7 @@ def spread(rows):
     "Runs of which there are two seeds, and how far these are apart"
     for o in select(rows, seed=1):
         first, = select(rows, seed=0, **{k: o[k] for k in ('attention', 'variant', 'length')})
-        yield dict(run=name(o), seed_0=first['bits'], seed_1=o['bits'], apart=round(abs(first['bits']-o['bits']), 4))
+        yield dict(run=name(o), length=o['length'], seed_0=first['bits'], seed_1=o['bits'], apart=round(abs(first['bits']-o['bits']), 4))
 
 def against(rows, base, others, length=Run.length):
     "Bits of those runs at a length that are there, and how many more these are than those of the first, beside the spread of all seeds"
@@ -241,7 +241,7 @@ def runs(parts):
               strict=[replace(lsh, variant=o) for o in ('strict', 'strict, half local')],
               figure3=[Run('Separate'), replace(full, variant='one stream')],
               figure4=[Run(f'LSH-{o}') for o in (1, 4, 8)],
-              context=[replace(o, length=4096) for o in (lsh, full, Run('Local'), replace(lsh, variant='half local'))],
+              context=[replace(o, length=4096, steps=250) for o in (lsh, full, Run('Local'), replace(lsh, variant='half local'))],
               seeds=[replace(o, seed=1) for o in (full, Run('Local'), replace(lsh, variant='half local'))])
     return [o for part in parts for o in of[part]]
 
@@ -257,6 +257,6 @@ def main():
     corpus = stdlib_corpus()
     for run in runs(a.parts):
         if a.quick: finish(replace(run, length=512, chunk=16, steps=3), corpus, Path('out/bench').resolve(), most=2)
-        else: finish(run, corpus)
+        else: finish(run, corpus, most=held_out*Run.length//run.length)
 
 if __name__=='__main__': main()
