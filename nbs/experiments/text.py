@@ -209,7 +209,7 @@ def spread(rows):
 def against(rows, base, others, length=Run.length):
     "Bits of those runs at a length that are there, and how many more these are than those of the first, beside the spread of all seeds"
     noise,known = max((o['apart'] for o in spread(rows)), default=math.inf),{name(o): o for o in select(rows, seed=0, length=length)}
-    for wanted in (base, *others):
+    for wanted in (base, *others) if base in known else ():
         if not (row := known.get(wanted)): continue
         more = row['bits']-known[base]['bits']
         yield dict(run=wanted, bits=row['bits'], more=f'{more:+.3f}', **{'beyond the spread': 'yes' if abs(more)>noise else 'no'},
