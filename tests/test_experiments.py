@@ -1,6 +1,7 @@
 "What the notebooks of nbs/experiments read and draw: records, the duplication task, text, time and memory"
-import sys
-from dataclasses import replace
+import re, sys
+from dataclasses import asdict, replace
+import nbformat
 import peer
 import pytest
 import torch
@@ -60,6 +61,21 @@ def test_the_table_and_what_is_below_it():
     assert list(duplication.below_paper(rows))==[('LSH-1', '4', 99., 99.6), ('LSH-1', '1', 75., 77.9)]
     assert list(duplication.beside_paper(rows, chunk=64))==list(duplication.below_paper(rows, chunk=64))==[]
 
+def test_libraries_stand_beside_each_other_after_our_slowest_time():
+    run = duplication.Run(length=256, chunk=32)
+    runs = dict(fast=run, slow=replace(run, seed=1), peer=replace(run, library='transformers'), other=replace(run, variant='tied head'))
+    rows = [asdict(o) | dict(above_99='', cpu_seconds=s, processor='') for o,s in zip(runs.values(), (10., 20., 40., 90.))]
+    curves = [asdict(o) | dict(step=i, accuracy=i, cpu_seconds=i*s/4) for o,s in zip(runs.values(), (10., 20., 40., 90.)) for i in (1, 2, 3, 4)]
+    shown = duplication.beside_peers(rows, curves, length=256, chunk=32)
+    assert [(o['library'], o['seed'], o['% at the end'], o['% after 20 s']) for o in shown]==[('reformer_nb', 0, 4, 4), ('reformer_nb', 1, 4, 4), ('transformers', 0, 4, 2)]
+    assert duplication.beside_peers([o for o in rows if o['library']=='reformer_nb'], curves, length=256, chunk=32)==[]
+
+def test_parts_try_each_library_at_each_rate():
+    peers,small = ({(o.library, o.variant, o.lr) for o in duplication.runs(part, [0])} for part in ('peers', 'small'))
+    assert peers=={(*o, lr) for o in duplication.starts[1:] for lr in (1e-3, 3e-3)}
+    assert small=={(*o, lr) for o in duplication.starts for lr in (3e-4, 1e-3, 3e-3)}
+    assert {(o.trained, o.seed) for o in duplication.runs('half', [0, 1, 2])}=={(f'LSH-{r}', s) for r in (1, 2, 4) for s in (0, 1, 2)}
+
 @needs_peer
 @pytest.mark.parametrize('library,variant', duplication.starts)
 def test_each_library_trains_with_its_rounds_and_is_evaluated_with_others(library, variant):
@@ -75,6 +91,17 @@ def test_each_library_trains_with_its_rounds_and_is_evaluated_with_others(librar
     changed = tokens.clone()
     changed[:,40:] = 1
     with torch.no_grad(): assert torch.allclose(full(changed)[:,:40], c[:,:40], atol=1e-5)   # full attention sees no later token
+
+# ---- the page of results -------------------------------------------------------------------------------------------
+
+def test_the_page_of_results_links_all_others_and_leaves_numbers_to_cells():
+    folder = get_config().nbs_path/'experiments'
+    page,index = (nbformat.read(o, 4) for o in (folder/'results.ipynb', folder.parent/'index.ipynb'))
+    prose,start = ('\n'.join(c.source for c in o.cells if c.cell_type=='markdown') for o in (page, index))
+    for o in folder.glob('*.ipynb'):
+        assert f'(experiments/{o.name})' in start and (o.stem=='results' or f']({o.name})' in prose), o.name
+    assert not re.findall(r'\d+[.,]\d+|\d ?×', prose)
+    for part in re.findall(r'python nbs/experiments/duplication.py (.*?)`', prose)[0].split(): assert part in duplication.parts
 
 # ---- text ----------------------------------------------------------------------------------------------------------
 
