@@ -303,7 +303,8 @@ def plot_tokens(rows, ax):
         if points := along(rows, who): ax.loglog(*zip(*points), 'o-' if rounds else 's--', base=2, color=color, label=who, ms=3, lw=1.2)
     ax.set_yscale('log', base=10)
     ax.set(xlabel='length', ylabel='seconds')
-    if ax.lines: ax.legend(frameon=False, fontsize=8)
+    if ax.lines: ax.legend(frameon=False, fontsize=8, ncols=2, loc='upper left')
+    ax.set_ylim(top=8*ax.get_ylim()[1])   # room for it
     return ax
 
 # ---- command line ----------------------------------------------------------------------------------------------
