@@ -1,7 +1,8 @@
 "What the notebooks of nbs/experiments read and draw: records, the duplication task, text, time and memory"
-import sys
-from dataclasses import replace
+import re, sys
+from dataclasses import asdict, replace
 from importlib.util import find_spec
+import nbformat
 import peer
 import pytest
 import torch
@@ -24,6 +25,9 @@ def test_rows_come_back_as_they_went(tmp_path):
     records.append(path, dict(name='c', k=''))
     assert records.read(path) == [dict(name='a, "b"', k=1), dict(name='', k=.5), dict(name='c', k='')]
     with pytest.raises(ValueError, match='move the old file away'): records.append(path, dict(name='d', other=1))
+
+def test_growth_is_a_slope_of_logarithms():
+    assert records.slope([(x, 7*x**1.5) for x in (1, 2, 4, 8)])==pytest.approx(1.5)
 
 # ---- duplication ---------------------------------------------------------------------------------------------------
 
@@ -59,6 +63,21 @@ def test_the_table_and_what_is_below_it():
     assert list(duplication.below_paper(rows))==[('LSH-1', '4', 99., 99.6), ('LSH-1', '1', 75., 77.9)]
     assert list(duplication.beside_paper(rows, chunk=64))==list(duplication.below_paper(rows, chunk=64))==[]
 
+def test_libraries_stand_beside_each_other_after_our_slowest_time():
+    run = duplication.Run(length=256, chunk=32)
+    runs = dict(fast=run, slow=replace(run, seed=1), peer=replace(run, library='transformers'), other=replace(run, variant='tied head'))
+    rows = [asdict(o) | dict(above_99='', cpu_seconds=s, processor='') for o,s in zip(runs.values(), (10., 20., 40., 90.))]
+    curves = [asdict(o) | dict(step=i, accuracy=i, cpu_seconds=i*s/4) for o,s in zip(runs.values(), (10., 20., 40., 90.)) for i in (1, 2, 3, 4)]
+    shown = duplication.beside_peers(rows, curves, length=256, chunk=32)
+    assert [(o['library'], o['seed'], o['% at the end'], o['% after 20 s']) for o in shown]==[('reformer_nb', 0, 4, 4), ('reformer_nb', 1, 4, 4), ('transformers', 0, 4, 2)]
+    assert duplication.beside_peers([o for o in rows if o['library']=='reformer_nb'], curves, length=256, chunk=32)==[]
+
+def test_parts_try_each_library_at_each_rate():
+    peers,small = ({(o.library, o.variant, o.lr) for o in duplication.runs(part, [0])} for part in ('peers', 'small'))
+    assert peers=={(*o, lr) for o in duplication.starts[1:] for lr in (1e-3, 3e-3)}
+    assert small=={(*o, lr) for o in duplication.starts for lr in (3e-4, 1e-3, 3e-3)}
+    assert {(o.trained, o.seed) for o in duplication.runs('half', [0, 1, 2])}=={(f'LSH-{r}', s) for r in (1, 2, 4) for s in (0, 1, 2)}
+
 @needs_peer
 @pytest.mark.parametrize('library,variant', duplication.starts)
 def test_each_library_trains_with_its_rounds_and_is_evaluated_with_others(library, variant):
@@ -74,6 +93,17 @@ def test_each_library_trains_with_its_rounds_and_is_evaluated_with_others(librar
     changed = tokens.clone()
     changed[:,40:] = 1
     with torch.no_grad(): assert torch.allclose(full(changed)[:,:40], c[:,:40], atol=1e-5)   # full attention sees no later token
+
+# ---- the page of results -------------------------------------------------------------------------------------------
+
+def test_the_page_of_results_links_all_others_and_leaves_numbers_to_cells():
+    folder = get_config().nbs_path/'experiments'
+    page,index = (nbformat.read(o, 4) for o in (folder/'results.ipynb', folder.parent/'index.ipynb'))
+    prose,start = ('\n'.join(c.source for c in o.cells if c.cell_type=='markdown') for o in (page, index))
+    for o in folder.glob('*.ipynb'):
+        assert f'(experiments/{o.name})' in start and (o.stem=='results' or f']({o.name})' in prose), o.name
+    assert not re.findall(r'\d+[.,]\d+|\d ?×', prose)
+    for part in re.findall(r'python nbs/experiments/duplication.py (.*?)`', prose)[0].split(): assert part in duplication.parts
 
 # ---- text ----------------------------------------------------------------------------------------------------------
 
@@ -152,6 +182,31 @@ def test_reversible_or_not_trains_alike(corpus):
     assert curve==other
     for x,y in zip(a.parameters(), b.parameters()): torch.testing.assert_close(x, y)
 
+def text_row(attention, bits, seed=0, length=2048, variant=''):
+    return dict(attention=attention, variant=variant, seed=seed, length=length, bits=bits, parameters=1, seconds_per_step=.1, recall_mass='', recall_top='')
+
+def test_runs_of_one_length_are_compared_by_the_spread_of_all_seeds():
+    rows = [text_row('Full', 3.), text_row('LSH-2', 3.3), text_row('LSH-2', 3.2, seed=1),
+            text_row('Full', 4., length=4096), text_row('LSH-2', 3.95, length=4096), text_row('Local', 4.2, length=4096)]
+    assert [(o['run'], o['length'], o['apart']) for o in text.spread(rows)]==[('LSH-2', 2048, .1)]
+    assert [(o['run'], o['more'], o['beyond the spread']) for o in text.against(rows, 'Full', ('LSH-2', 'Local'))]==[('Full', '+0.000', 'no'), ('LSH-2', '+0.300', 'yes')]
+    longer = list(text.against(rows, 'Full', ('LSH-2', 'Local'), length=4096))
+    assert [(o['run'], o['more'], o['beyond the spread']) for o in longer]==[('Full', '+0.000', 'no'), ('LSH-2', '-0.050', 'no'), ('Local', '+0.200', 'yes')]
+
+def test_what_silenced_heads_cost_is_told_by_length():
+    rows = [text_row('LSH-2', 3., length=o) for o in (2048, 4096)]
+    reads = [dict(o, read='no heads', bits=o['bits']+more) for o,more in zip(rows, (1, 2))]
+    found = [[o['without heads'] for o in text.silenced(rows, reads, length=n)] for n in (2048, 4096)]
+    assert found==[['+1.000'], ['+2.000']]
+
+def test_the_parts_on_text_differ_in_what_they_say():
+    found = {o: text.runs([o]) for o in text.parts}
+    together = [run for part in found.values() for run in part]
+    assert len(set(together))==len(together)
+    seen = {run.steps*run.length for run in together}
+    assert len(seen)==1 and {run.length for run in found['context']}=={4096}
+    assert [(run.attention, run.variant) for run in found['context']]==[('LSH-2', ''), ('Full', ''), ('Local', ''), ('LSH-2', 'half local')]
+
 # ---- speed ---------------------------------------------------------------------------------------------------------
 
 def test_full_attention_is_what_it_says():
@@ -194,55 +249,10 @@ def test_rows_of_one_chunk_attend_in_full(who):
     out.backward(grad)
     assert qk.grad.shape==v.grad.shape==out.shape==(4, 2, 64, 64) and qk.grad.any() and v.grad.any()
 
-# ---- on a GPU ------------------------------------------------------------------------------------------------------
-
-kernels_run = pytest.mark.skipif(not find_spec('triton'), reason='Triton is made for Linux alone')
-device = 'cuda' if torch.cuda.is_available() else 'cpu'   # where the interpreter runs the kernels
-
-@kernels_run
-def test_gpu_rows_are_written(tmp_path, monkeypatch):
-    "The script but for its gate, at lengths that the interpreter can do: a contestant that does not fit is not asked again"
-    asked,layer_step = [],gpu.layer_step
-    def crowded(who, n, *args):
-        asked.append((who, n))
-        if who=='transformers': raise torch.OutOfMemoryError('no room')
-        return layer_step(who, n, *args)
-    monkeypatch.setattr(gpu, 'gate', lambda device: None)
-    monkeypatch.setattr(gpu, 'heads', 1), monkeypatch.setattr(gpu, 'rounds', 1), monkeypatch.setitem(gpu.steps, 'layer', crowded)
-    monkeypatch.setitem(gpu.contestants, 'layer', ('reformer_nb', 'transformers', 'full attention'))
-    gpu.run(['attention'], (64,), device, tmp_path, 1, budget=0, dtype=torch.half)
-    gpu.run(['layer'], (128, 256), device, tmp_path, 1, budget=0)
-    found,layers = (records.read(tmp_path/f'gpu_{o}.csv') for o in gpu.contestants)
-    assert [o['who'] for o in found]==list(gpu.contestants['attention']) and all(o['note']=='' and 0<o['forward_ms']<o['both_ms'] for o in found)
-    assert [o['note'] for o in layers]==['', 'out of memory', '']*2 and asked.count(('transformers', 256))==0
-    assert all(o['repeats']==1 for o in found) and layers[1]['both_ms']=='' and layers[0]['device']==gpu.where(device)['device']
-
-@kernels_run
-def test_gpu_times_nothing_if_the_kernels_are_wrong(tmp_path, monkeypatch):
-    assert gpu.wrong(device, torch.float32, 1e-4)==[]
-    right = triton_lsh.triton_lsh_attention
-    monkeypatch.setattr(triton_lsh, 'triton_lsh_attention', lambda qk, v, *args, **options: right(qk, v*1.01, *args, **options))
-    with pytest.raises(SystemExit, match='wrong, so nothing is timed; torch.float32: output'): gpu.run(['attention'], (64,), device, tmp_path, 1)
-    assert not list(tmp_path.iterdir())
-
-def test_gpu_flash_attention_has_the_scores_of_ours():
-    (qk,v),step = gpu.attention_step('flash attention', 64, device, torch.half)
-    x,y = (o.detach().double() for o in (qk, v))
-    weights = (x@(x/x.norm(dim=-1, keepdim=True)).mT).masked_fill(torch.ones(64, 64, device=device).triu(1).bool(), -torch.inf).softmax(-1)
-    out,grad = step()
-    torch.testing.assert_close(out.double(), weights@y, rtol=0, atol=1e-2)
-    assert [o.shape for o in torch.autograd.grad(out, (qk, v), grad)]==[qk.shape, v.shape]
-
-def test_gpu_is_missed_in_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(SystemExit) as e: gpu.main(['--quick'])
-    assert e.value.code==2 and capsys.readouterr().err.count('\n')==1
-
-def test_gpu_limits_cross_where_the_course_says():
-    "Notebook 05e: in microseconds, of bytes and of operations, forth and back"
-    for n,forth,back,full in ((8192, 54, 101, 69), (65536, 431, 811, 4447)):
-        found = {k: 1000*o for k,o in gpu.least(n).items()}
-        assert [found['ours'], found['ours_both']-found['ours'], found['full']]==pytest.approx([forth, back, full], rel=.02)
+import re, sys
+from dataclasses import asdict, replace
+from importlib.util import find_spec
+import nbformat
 
 # ---- memory law ----------------------------------------------------------------------------------------------------
 
@@ -290,4 +300,3 @@ def test_growth_is_found():
     found,error = memory_law.fit(points, (1, 2))
     assert found==pytest.approx([3, 5]) and error<1e-9
     assert memory_law.fit(points, (0, 1))[1]>.1
-    assert memory_law.slope([(x, 7*x**1.5) for x in (1, 2, 4, 8)])==pytest.approx(1.5)

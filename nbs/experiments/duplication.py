@@ -181,7 +181,17 @@ def progress(rows, curves, cpu_seconds=None):
         at = {} if cpu_seconds is None else {f'% after {cpu_seconds:.0f} s': late[-1] if late else 0.}
         end = curve[-1]
         yield settings(row) | {'steps': end['step'], 'above 99 % at step': row['above_99'] or 'never', '% at the end': end['accuracy'],
-                               'processor s/step': round(end['cpu_seconds']/end['step'], 2)} | at
+                               'processor s/step': round(end['cpu_seconds']/end['step'], 2)} | at | dict(processor=row['processor'])
+
+def our_time(rows, length, chunk):
+    "Processor time that our slowest run in the row LSH-2 took"
+    return max(o['cpu_seconds'] for o in select(rows, library='reformer_nb', trained='LSH-2', length=length, chunk=chunk, variant='', lr=1e-3))
+
+def beside_peers(rows, curves, length, chunk):
+    "Runs of all libraries in the row LSH-2 with the recipe, and how far they are after the time of our slowest"
+    found = [o for o in select(rows, trained='LSH-2', length=length, chunk=chunk) if (o['library'],o['variant']) in starts]
+    if {o['library'] for o in found}=={'reformer_nb'}: return []
+    return list(progress(found, curves, cpu_seconds=our_time(rows, length, chunk)))
 
 def plot_curves(curves, names, ax=None):
     "Accuracy against steps, a colour for each of `names`, {label: what to select}"

@@ -10,12 +10,12 @@ forward pass (kept) and at most at a time (saved), by `torch.autograd.graph.save
 tensors take (peak), by torch's profiler. Weights and the input are not counted, nor in the peak one gradient of each.
 No number depends on how fast or busy the machine is. `--quick` takes small sizes and writes to out/bench.
 """
-import argparse, math
+import argparse
 from collections import Counter
 from pathlib import Path
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from records import append, results, surroundings
+from records import append, results, slope, surroundings
 from speed import most_allocated
 
 # ---- the models: options of our Reformer, and what the paper's table says ------------------------------------------
@@ -121,12 +121,6 @@ grows = {
     'hidden': {who: (1, 'b l d_ff') if models[who].get('ff_chunks') else (0, '') for who in models},
     'rounds': {who: (1, 'b n_h l n_r c') for who in hashing} | {'Reformer, fused': (0, '')},
 }
-
-def slope(points):
-    "That of the least-squares line through the logarithms of (x, y)"
-    x,y = ([math.log(o) for o in axis] for axis in zip(*points))
-    mx,my = sum(x)/len(x),sum(y)/len(y)
-    return sum((a-mx)*(b-my) for a,b in zip(x, y))/sum((a-mx)**2 for a in x)
 
 def fit(points, exponents):
     "Coefficients of y = Σ c xᵏ with the least squares of relative errors, and the largest relative error"

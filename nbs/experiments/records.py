@@ -1,5 +1,5 @@
 "Rows of results in csv files that outlive an interrupted run, and how a notebook shows them"
-import csv, io, os, platform
+import csv, io, math, os, platform
 from importlib import metadata
 from pathlib import Path
 
@@ -52,6 +52,12 @@ def read(path):
     if not path.exists(): return []
     with open(path, encoding='utf-8', newline='') as f:
         return [{k: number(v) for k,v in row.items()} for row in csv.DictReader(f)]
+
+def slope(points):
+    "That of the least-squares line through the logarithms of (x, y)"
+    x,y = ([math.log(o) for o in axis] for axis in zip(*points))
+    mx,my = sum(x)/len(x),sum(y)/len(y)
+    return sum((a-mx)*(b-my) for a,b in zip(x, y))/sum((a-mx)**2 for a in x)
 
 def table(rows, *columns):
     "Some columns, or all, as a Markdown table; says so if there is nothing yet"

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from records import append, results, surroundings
+from records import append, results, slope, surroundings
 
 # ---- contestants: each a module from (1, n, 512) to (1, n, 512) -------------------------------------------------
 
@@ -272,6 +272,42 @@ def million(quick, threads):
         yield dict(n=n, **in_own_process(threads, 'model', count=False, n=n, **options))
 
 parts = dict(layer=layer, core=core, rounds=rounds, crossing=crossing, tokens=tokens, memory=memory, depth=depth, vocabulary=vocabulary, example=example, million=million)
+
+# ---- what the notebooks show -------------------------------------------------------------------------------------
+
+def ratios(rows, what):
+    "By length: the value of ours, and how many times as much each of the others has"
+    for n in sorted({o['n'] for o in rows}):
+        at = {o['who']: o[what] for o in rows if o['n']==n and o[what]!=''}
+        yield {'length': n, 'reformer_nb': at['reformer_nb']} | {k: f'{v/at["reformer_nb"]:.1f}×' for k,v in at.items() if k!='reformer_nb'}
+
+def along(rows, who, what='both'):
+    "Points (length, value) of a contestant"
+    return [(o['n'], o[what]) for o in rows if o['who']==who and o[what]!='']
+
+def at_constant_tokens(rows):
+    "Seconds of each kind of attention by length, and to which power of the length they grow"
+    for who in attentions:
+        if points := along(rows, who): yield dict(attention=who) | {n: f'{y:.2f}' for n,y in points} | dict(exponent=f'{slope(points):.2f}')
+
+def ahead_of_full(rows):
+    "For each number of rounds: the shortest length at which, and beyond which, hashing takes less time than full attention"
+    full = dict(along(rows, 'full'))
+    for who in list(attentions)[2:]:
+        slower = [n for n,y in along(rows, who) if y>=full[n]]
+        yield who,min((n for n in full if n>max(slower, default=0)), default=None)
+
+def plot_tokens(rows, ax):
+    "Seconds against length, a line for each kind of attention"
+    for (who,rounds),color in zip(attentions.items(), ('#555555', '#000000', '#56B4E9', '#0072B2', '#009E73', '#D55E00')):
+        if points := along(rows, who): ax.loglog(*zip(*points), 'o-' if rounds else 's--', base=2, color=color, label=who, ms=3, lw=1.2)
+    ax.set_yscale('log', base=10)
+    ax.set(xlabel='length', ylabel='seconds')
+    if ax.lines: ax.legend(frameon=False, fontsize=8, ncols=2, loc='upper left')
+    ax.set_ylim(top=8*ax.get_ylim()[1])   # room for it
+    return ax
+
+# ---- command line ----------------------------------------------------------------------------------------------
 
 def write(name, rows, folder):
     "Rows of a part to a new file, each as soon as it is there"

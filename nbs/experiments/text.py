@@ -8,6 +8,7 @@ their names say, and in nothing else: data, steps, recipe and held-out windows a
     strict   strict causality, with hashing in all heads and in half of them
     figure3  queries and keys with projections of their own; one stream of residuals
     figure4  1, 4 and 8 hash rounds
+    context  hashed, full, local and half local attention: as many bytes, in windows of 4096 and half as many steps
     seeds    another seed of three more runs, for the spread
 
 Each finished run adds a row to results/text.csv, its curve to results/text_curves.csv, what it reads in other ways to
@@ -29,14 +30,14 @@ from reformer_nb.shared_qk import join_masks
 from records import append, read, results, surroundings
 
 heads,warm_up,every = 4,25,50   # attention heads; steps until the full learning rate; steps in a point of a curve
-held_out,few = 64,8             # windows of held-out files behind a result, and behind a point of a curve
+held_out,few = 64,8             # windows of held-out files behind a result, half as many of twice the length; and behind a point of a curve
 
 @dataclass(frozen=True)
 class Run:
     "All that decides how a run goes"
     attention:str = 'LSH-2'   # or another number of rounds, 'Full', 'Separate', 'Local'
     variant:str = ''          # what else differs, a key of `variants`
-    length:int = 2048         # bytes of a window
+    length:int = 2048         # bytes of a window; 4096 in the part `context`
     chunk:int = 32            # chunk length; there are length/chunk buckets, and a local head sees windows of two chunks
     dim:int = 128             # width of the model
     lr:float = 1e-2           # of AdamW with betas .9, .95, at its highest
@@ -202,29 +203,29 @@ def name(row): return ', '.join(o for o in (row['attention'], row['variant']) if
 def spread(rows):
     "Runs of which there are two seeds, and how far these are apart"
     for o in select(rows, seed=1):
-        first, = select(rows, attention=o['attention'], variant=o['variant'], seed=0)
-        yield dict(run=name(o), seed_0=first['bits'], seed_1=o['bits'], apart=round(abs(first['bits']-o['bits']), 4))
+        first, = select(rows, seed=0, **{k: o[k] for k in ('attention', 'variant', 'length')})
+        yield dict(run=name(o), length=o['length'], seed_0=first['bits'], seed_1=o['bits'], apart=round(abs(first['bits']-o['bits']), 4))
 
-def against(rows, base, others):
-    "Bits of those runs that are there, and how many more these are than those of the first, beside the spread of seeds"
-    noise,known = max((o['apart'] for o in spread(rows)), default=math.inf),{name(o): o for o in select(rows, seed=0)}
-    for wanted in (base, *others):
+def against(rows, base, others, length=Run.length):
+    "Bits of those runs at a length that are there, and how many more these are than those of the first, beside the spread of all seeds"
+    noise,known = max((o['apart'] for o in spread(rows)), default=math.inf),{name(o): o for o in select(rows, seed=0, length=length)}
+    for wanted in (base, *others) if base in known else ():
         if not (row := known.get(wanted)): continue
         more = row['bits']-known[base]['bits']
         yield dict(run=wanted, bits=row['bits'], more=f'{more:+.3f}', **{'beyond the spread': 'yes' if abs(more)>noise else 'no'},
                    parameters=row['parameters'], **{'s per step': row['seconds_per_step']})
 
-def silenced(rows, reads):
+def silenced(rows, reads, length=Run.length):
     "What models lose without some of their heads, and what their rounds reach of full attention"
-    for row in select(rows, seed=0):
-        found = {o['read']: f"{o['bits']-row['bits']:+.3f}" for o in select(reads, seed=0) if name(o)==name(row)}
+    for row in select(rows, seed=0, length=length):
+        found = {o['read']: f"{o['bits']-row['bits']:+.3f}" for o in select(reads, seed=0, length=length) if name(o)==name(row)}
         yield dict(run=name(row), bits=row['bits']) | {f'without {k[3:]}': found.get(k, '') for k in ('no heads', 'no LSH heads', 'no local heads')} | {
             'weight reached, %': row['recall_mass'], 'of the 16 largest, %': row['recall_top']}
 
-def plot_curves(curves, names, ax):
+def plot_curves(curves, names, ax, length=Run.length):
     "Held-out bits against steps, a colour for each of `names`, {label: what to select}"
     for (label,wanted),color,style in zip(names.items(), colors, ('-', '--', '-.', ':', '-', '--')):
-        points = select(curves, seed=0, **wanted)
+        points = select(curves, seed=0, length=length, **wanted)
         ax.plot([o['step'] for o in points], [o['bits'] for o in points], style, color=color, lw=1.4, label=label)
     ax.set(xlabel='steps', ylabel='held-out bits per byte')
     if ax.lines: ax.legend(frameon=False, fontsize=8)
@@ -240,10 +241,11 @@ def runs(parts):
               strict=[replace(lsh, variant=o) for o in ('strict', 'strict, half local')],
               figure3=[Run('Separate'), replace(full, variant='one stream')],
               figure4=[Run(f'LSH-{o}') for o in (1, 4, 8)],
+              context=[replace(o, length=4096, steps=250) for o in (lsh, full, Run('Local'), replace(lsh, variant='half local'))],
               seeds=[replace(o, seed=1) for o in (full, Run('Local'), replace(lsh, variant='half local'))])
     return [o for part in parts for o in of[part]]
 
-parts = ('base', 'lsh', 'strict', 'figure3', 'figure4', 'seeds')
+parts = ('base', 'lsh', 'strict', 'figure3', 'figure4', 'context', 'seeds')
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -255,6 +257,6 @@ def main():
     corpus = stdlib_corpus()
     for run in runs(a.parts):
         if a.quick: finish(replace(run, length=512, chunk=16, steps=3), corpus, Path('out/bench').resolve(), most=2)
-        else: finish(run, corpus)
+        else: finish(run, corpus, most=held_out*Run.length//run.length)
 
 if __name__=='__main__': main()
