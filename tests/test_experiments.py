@@ -249,10 +249,69 @@ def test_rows_of_one_chunk_attend_in_full(who):
     out.backward(grad)
     assert qk.grad.shape==v.grad.shape==out.shape==(4, 2, 64, 64) and qk.grad.any() and v.grad.any()
 
-import re, sys
-from dataclasses import asdict, replace
-from importlib.util import find_spec
-import nbformat
+# ---- on a GPU ------------------------------------------------------------------------------------------------------
+
+kernels_run = pytest.mark.skipif(not find_spec('triton'), reason='Triton is made for Linux alone')
+device = 'cuda' if torch.cuda.is_available() else 'cpu'   # where the interpreter runs the kernels
+
+@kernels_run
+def test_gpu_rows_are_written(tmp_path, monkeypatch):
+    "The script but for its gate, at lengths that the interpreter can do: a contestant that does not fit is not asked again"
+    asked,layer_step = [],gpu.layer_step
+    def crowded(who, n, *args):
+        asked.append((who, n))
+        if who=='transformers': raise torch.OutOfMemoryError('no room')
+        return layer_step(who, n, *args)
+    monkeypatch.setattr(gpu, 'gate', lambda device: None)
+    monkeypatch.setattr(gpu, 'heads', 1), monkeypatch.setattr(gpu, 'rounds', 1), monkeypatch.setitem(gpu.steps, 'layer', crowded)
+    monkeypatch.setitem(gpu.contestants, 'layer', ('reformer_nb', 'transformers', 'full attention'))
+    gpu.run(['attention'], (64,), device, tmp_path, 1, budget=0, dtype=torch.half)
+    gpu.run(['layer'], (128, 256), device, tmp_path, 1, budget=0)
+    found,layers = (records.read(tmp_path/f'gpu_{o}.csv') for o in gpu.contestants)
+    assert [o['who'] for o in found]==list(gpu.contestants['attention']) and all(o['note']=='' and 0<o['forward_ms']<o['both_ms'] for o in found)
+    assert [o['note'] for o in layers]==['', 'out of memory', '']*2 and asked.count(('transformers', 256))==0
+    assert all(o['repeats']==1 for o in found) and layers[1]['both_ms']=='' and layers[0]['device']==gpu.where(device)['device']
+
+@kernels_run
+def test_gpu_times_nothing_if_the_kernels_are_wrong(tmp_path, monkeypatch):
+    assert gpu.wrong(device, torch.float32, 1e-4)==[]
+    right = triton_lsh.triton_lsh_attention
+    monkeypatch.setattr(triton_lsh, 'triton_lsh_attention', lambda qk, v, *args, **options: right(qk, v*1.01, *args, **options))
+    with pytest.raises(SystemExit, match='wrong, so nothing is timed; torch.float32: output'): gpu.run(['attention'], (64,), device, tmp_path, 1)
+    assert not list(tmp_path.iterdir())
+
+def test_gpu_flash_attention_has_the_scores_of_ours():
+    (qk,v),step = gpu.attention_step('flash attention', 64, device, torch.half)
+    x,y = (o.detach().double() for o in (qk, v))
+    weights = (x@(x/x.norm(dim=-1, keepdim=True)).mT).masked_fill(torch.ones(64, 64, device=device).triu(1).bool(), -torch.inf).softmax(-1)
+    out,grad = step()
+    torch.testing.assert_close(out.double(), weights@y, rtol=0, atol=1e-2)
+    assert [o.shape for o in torch.autograd.grad(out, (qk, v), grad)]==[qk.shape, v.shape]
+
+def test_gpu_is_missed_in_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(SystemExit) as e: gpu.main(['--quick'])
+    assert e.value.code==2 and capsys.readouterr().err.count('\n')==1
+
+def test_gpu_limits_cross_where_the_course_says():
+    "Notebook 05e: in microseconds, of bytes and of operations, forth and back"
+    for n,forth,back,full in ((8192, 54, 101, 69), (65536, 431, 811, 4447)):
+        found = {k: 1000*o for k,o in gpu.least(n).items()}
+        assert [found['ours'], found['ours_both']-found['ours'], found['full']]==pytest.approx([forth, back, full], rel=.02)
+
+def speed_row(who, n, both): return dict(who=who, n=n, both=both)
+
+def test_where_hashing_is_ahead():
+    rows = [speed_row('full', n, y) for n,y in ((1024, 1.), (2048, 2.), (4096, 4.))]
+    for who,y in (('LSH-1', .5), ('LSH-2', 1.5), ('LSH-4', 3.), ('LSH-8', 9.)): rows += [speed_row(who, n, y) for n in (1024, 2048, 4096)]
+    assert dict(speed.ahead_of_full(rows))=={'LSH-1': 1024, 'LSH-2': 2048, 'LSH-4': 4096, 'LSH-8': None}
+    shown = {o['attention']: o for o in speed.at_constant_tokens(rows)}
+    assert shown['full']=={'attention': 'full', 1024: '1.00', 2048: '2.00', 4096: '4.00', 'exponent': '1.00'}
+    assert shown['LSH-8']['exponent']=='0.00' and 'matrix kept' not in shown
+
+def test_how_many_times_as_much_others_take():
+    rows = [speed_row('reformer_nb', 1024, 2.), speed_row('transformers', 1024, 5.), speed_row('reformer_nb', 2048, 3.), speed_row('transformers', 2048, '')]
+    assert list(speed.ratios(rows, 'both'))==[dict(length=1024, reformer_nb=2., transformers='2.5×'), dict(length=2048, reformer_nb=3.)]
 
 # ---- memory law ----------------------------------------------------------------------------------------------------
 
