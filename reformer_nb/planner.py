@@ -199,7 +199,7 @@ class Plan:
             lines.append(f'recommended within {self.budget/2**30:.1f} GiB: ' + (self.best.line() if self.best else 'nothing of this; shorten the rows, or make the model smaller'))
         return '\n'.join(lines)
 
-# %% ../nbs/15b_planner.ipynb #make-plan
+# %% ../nbs/15b_planner.ipynb #longest-row
 def longest_row(
     peak, # from seq_len to bytes
     budget:float, # bytes
@@ -216,6 +216,7 @@ def longest_row(
         else: high = middle
     return low
 
+# %% ../nbs/15b_planner.ipynb #make-plan
 def make_plan(
     config:dict, # arguments of a ReformerLM
     size:tuple, # seq_len, batch_size

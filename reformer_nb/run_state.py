@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-# %% ../nbs/18a_run_state.ipynb #train-step
+# %% ../nbs/18a_run_state.ipynb #check-finite
 def check_finite(
     what:str, # what was computed
     value:float, # what came out
@@ -34,6 +34,7 @@ def check_finite(
     opt.zero_grad()
     raise FloatingPointError(f'{what} is {value}; the weights are as they were before this step, try a smaller lr than {lr:.1e}')
 
+# %% ../nbs/18a_run_state.ipynb #train-step
 def train_step(
     net:nn.Module, # a `LossOf`, prepared by `accelerator`
     opt:torch.optim.Optimizer, # of its parameters, prepared too
