@@ -196,7 +196,7 @@ class Plan:
         parts = ', '.join(f'{k} {v/2**20:,.0f} MiB' for k,v in self.parts.items())
         lines = [f'{self.batch_size} rows of {self.seq_len:,} tokens', self.line(), f'  ({parts})', *(o.line() for o in self.others)]
         if self.budget is not None:
-            lines.append(f'recommended within {self.budget/2**30:.1f} GiB: ' + (self.best.line() if self.best else 'nothing of this; shorten the rows, or make the model smaller'))
+            lines.append(f'recommended within {self.budget/2**30:.2f} GiB: ' + (self.best.line() if self.best else 'nothing of this; shorten the rows, or make the model smaller'))
         return '\n'.join(lines)
 
 # %% ../nbs/15b_planner.ipynb #longest-row
