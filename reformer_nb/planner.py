@@ -234,7 +234,7 @@ def make_plan(
     seconds = fit(probes, [t for t,_ in found])
     def peak(n): return kept + extend(sizes, work, (depth, n, size[1]))
     total,took = peak(size[0]),extend(probes, seconds, (depth, *size))
-    if any(now<.9*max(o) for now,o in zip((took,total), zip(*found))):   # no probe is larger than the step
+    if took<=0 or total<.9*max(o for _,o in found):   # no probe is larger than the step
         raise ValueError(f'the line through steps of up to {max(n for _,n,_ in probes)} tokens falls behind them at {size[0]}, so it foretells nothing; '
                          'measure longer ones, with a larger most')
     base = min(total-kept, extend(sizes, work, (depth, 0, 0)))
