@@ -1,4 +1,5 @@
 .PHONY: help setup demo lab export run wheels carried readme docs check test test-all bench experiments clean
+.NOTPARALLEL:
 PY ?= python3
 VENV ?= .venv
 N ?= 2

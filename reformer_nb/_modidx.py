@@ -68,6 +68,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'reformer_nb.buckets': { 'reformer_nb.buckets.assign_buckets': ('buckets.html#assign_buckets', 'reformer_nb/buckets.py'),
                                      'reformer_nb.buckets.bucket_count': ('buckets.html#bucket_count', 'reformer_nb/buckets.py'),
                                      'reformer_nb.buckets.bucket_digits': ('buckets.html#bucket_digits', 'reformer_nb/buckets.py'),
+                                     'reformer_nb.buckets.has_memory': ('buckets.html#has_memory', 'reformer_nb/buckets.py'),
                                      'reformer_nb.buckets.hash_factorised': ('buckets.html#hash_factorised', 'reformer_nb/buckets.py'),
                                      'reformer_nb.buckets.id_dtype': ('buckets.html#id_dtype', 'reformer_nb/buckets.py'),
                                      'reformer_nb.buckets.kernel_hashes': ('buckets.html#kernel_hashes', 'reformer_nb/buckets.py'),

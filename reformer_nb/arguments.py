@@ -94,7 +94,7 @@ def add_plan(
 )->None:
     "The flags of a plan"
     for name,(value,what) in dict(num_tokens=(256, 'size of the vocabulary'), **model_flags, ff_chunks=(1, 'pieces in which feed-forward layers are computed'),
-                                  seq_len=(4096, 'tokens in a row'), batch_size=(1, 'rows in a step')).items():
+                                  seq_len=(4096, 'tokens in a row'), batch_size=(1, 'rows in a step'), most=(4096, 'tokens in a step that is measured')).items():
         cost.add_argument(flag(name), type=int, default=value, help=what)
     cost.add_argument('--budget', type=float, help='GiB of memory that a step may take')
     cost.add_argument('--full-attention', action='store_true', help='full attention in place of LSH')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Count', 'single_hash_limit', 'triton_there', 'bucket_count', 'bucket_digits', 'hash_factorised', 'split_count',
-           'split_counts', 'id_dtype', 'kernel_hashes', 'assign_buckets']
+           'split_counts', 'id_dtype', 'has_memory', 'kernel_hashes', 'assign_buckets']
 
 # %% ../nbs/01b_buckets.ipynb #imports
 import math
@@ -94,13 +94,21 @@ def id_dtype(
 # %% ../nbs/01b_buckets.ipynb #kernel-hashes
 triton_there = find_spec('triton') is not None
 
+def has_memory(
+    x:Tensor, # any shape
+)->bool: # False for what stands for a tensor in transforms of torch.func, and for fake ones
+    "Whether a kernel could read the numbers of `x`"
+    try: x.untyped_storage()
+    except NotImplementedError: return False
+    return type(x) in (Tensor, torch.nn.Parameter)
+
 def kernel_hashes(
     vecs:Tensor, # (b, h, n, d)
     n_best:int, # how many best buckets of a hash are rounds
-)->bool: # False in double precision, for rounds that share a hash, and inside compiled graphs
+)->bool: # False in double precision, for rounds that share a hash, very many heads, inside compiled graphs and transforms
     "Whether the kernel for GPUs is to hash"
-    able = n_best==1 and vecs.dtype!=torch.float64 and vecs.shape[-1]<=256
-    return able and vecs.is_cuda and triton_there and not torch.compiler.is_compiling()
+    able = n_best==1 and vecs.dtype!=torch.float64 and vecs.shape[-1]<=256 and vecs.shape[0]*vecs.shape[1]<2**16   # programs of a grid
+    return able and vecs.is_cuda and triton_there and not torch.compiler.is_compiling() and has_memory(vecs)
 
 # %% ../nbs/01b_buckets.ipynb #assign-buckets
 def assign_buckets(

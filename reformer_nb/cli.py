@@ -144,7 +144,7 @@ def run_plan(
     "What a step would cost, and what alternatives would"
     names = [k for k in model_flags if k!='local_heads'] + ['num_tokens', 'ff_chunks']
     config = dict({k: getattr(o, k) for k in names}, n_local_attn_heads=o.local_heads, use_full_attn=o.full_attention, causal=True)
-    print(plan(config, o.seq_len, o.batch_size, training=not o.logits, budget=o.budget))
+    print(plan(config, o.seq_len, o.batch_size, training=not o.logits, budget=o.budget, most=o.most))
 
 # %% ../nbs/21_cli.ipynb #in-one-line
 def in_one_line(

@@ -21,14 +21,14 @@ class Blocks:
     count:int # how many of the tensors are cut
     size:int # length of a block
     dim:int # the dimension to cut
-    then:Circumstances # of the first call
+    then:Circumstances|None=None # of the first call, if there is to be a second
 
     def split(self,
         tensors:tuple, # those to cut, then those that every block needs
     )->list: # of lists of tensors, one for each block
         "The arguments of each block"
         cut,whole = (o.split(self.size, dim=self.dim) for o in tensors[:self.count]),tensors[self.count:]
-        return [[*o, *whole] for o in zip(*cut)]
+        return [[*o, *whole] for o in zip(*cut, strict=True)]
 
 # %% ../nbs/06f_in_blocks.ipynb #run-blocks
 def run_blocks(
@@ -42,6 +42,7 @@ def run_blocks(
         if not at: res = out.new_empty([tensors[0].shape[i] if i==blocks.dim else o for i,o in enumerate(out.shape)])
         res.narrow(blocks.dim, at, out.shape[blocks.dim]).copy_(out)
         at += out.shape[blocks.dim]
+    if at!=res.shape[blocks.dim]: raise ValueError(f'fn gave {at} rows for {res.shape[blocks.dim]}; it must give one for each row of a block')
     return res
 
 # %% ../nbs/06f_in_blocks.ipynb #block-grads
@@ -57,6 +58,7 @@ def block_grads(
     for args,to,d in zip(blocks.split(tensors), places, dy.split(blocks.size, dim=blocks.dim)):
         args = [o.detach().requires_grad_(i in grads) for i,o in enumerate(args)]
         with torch.enable_grad(): out = blocks.fn(*args)
+        if not out.requires_grad: continue   # it depends on nothing that wants a gradient
         found = torch.autograd.grad(out, [args[i] for i in wanted], d, allow_unused=True)
         for i,o in zip(wanted, found):
             if o is not None: to[i].add_(o)
@@ -93,8 +95,8 @@ class InBlocks(torch.autograd.Function):
         wanted = [i for i,o in enumerate(ctx.needs_input_grad[1:]) if o]
         with ctx.blocks.then.replay():
             if torch.is_grad_enabled():
-                again = [tensors[i] for i in wanted]
-                found = torch.autograd.grad(run_blocks(ctx.blocks, tensors), again, dy, create_graph=True, allow_unused=True)
+                own = tuple(o.view_as(o) if i in wanted else o for i,o in enumerate(tensors))   # one of them may have been made of another
+                found = torch.autograd.grad(run_blocks(ctx.blocks, own), [own[i] for i in wanted], dy, create_graph=True, allow_unused=True)
                 grads = dict(zip(wanted, found))
             else: grads = block_grads(ctx.blocks, tensors, wanted, dy)
         return None,*(grads.get(i) for i in range(len(tensors)))
@@ -110,7 +112,8 @@ def compute_in_blocks(
 )->Tensor: # the results of `fn`, joined along `dim`
     "`fn` of one block after the other, of which autograd keeps nothing; the backward pass computes it again"
     check_int('size', size)
-    tensors,then = (*cut, *whole),Circumstances(None, cut[0].device)
-    blocks = Blocks(fn, len(cut), size, dim, then)
-    wanted = torch.is_grad_enabled() and any(o.requires_grad for o in tensors)
-    return InBlocks.apply(blocks, *tensors) if wanted else run_blocks(blocks, tensors)
+    tensors,dim = (*cut, *whole),dim % cut[0].ndim
+    if len(lengths := {o.shape[dim] for o in cut})>1:
+        raise ValueError(f'the tensors to cut have lengths {sorted(lengths)} along dim={dim}, and their blocks belong together; make them equally long')
+    if not (torch.is_grad_enabled() and any(o.requires_grad for o in tensors)): return run_blocks(Blocks(fn, len(cut), size, dim), tensors)
+    return InBlocks.apply(Blocks(fn, len(cut), size, dim, Circumstances(None, cut[0].device)), *tensors)

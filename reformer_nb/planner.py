@@ -9,6 +9,7 @@ __all__ = ['count_weights', 'kept_bytes', 'run_case', 'give_back_above', 'fork_c
 # %% ../nbs/15b_planner.ipynb #imports
 import ctypes, json, os, subprocess, sys, time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 import torch
 from .blocks import only_local
@@ -196,7 +197,7 @@ class Plan:
         parts = ', '.join(f'{k} {v/2**20:,.0f} MiB' for k,v in self.parts.items())
         lines = [f'{self.batch_size} rows of {self.seq_len:,} tokens', self.line(), f'  ({parts})', *(o.line() for o in self.others)]
         if self.budget is not None:
-            lines.append(f'recommended within {self.budget/2**30:.1f} GiB: ' + (self.best.line() if self.best else 'nothing of this; shorten the rows, or make the model smaller'))
+            lines.append(f'recommended within {self.budget/2**30:.2f} GiB: ' + (self.best.line() if self.best else 'nothing of this; shorten the rows, or make the model smaller'))
         return '\n'.join(lines)
 
 # %% ../nbs/15b_planner.ipynb #longest-row
@@ -234,14 +235,14 @@ def make_plan(
     seconds = fit(probes, [t for t,_ in found])
     def peak(n): return kept + extend(sizes, work, (depth, n, size[1]))
     total,took = peak(size[0]),extend(probes, seconds, (depth, *size))
-    if any(now<.9*max(o) for now,o in zip((took,total), zip(*found))):   # no probe is larger than the step
-        raise ValueError(f'the line through steps of up to {max(n for _,n,_ in probes)} tokens falls behind them at {size[0]}, so it foretells nothing; '
-                         'measure longer ones, with a larger most')
+    longest = max(n for _,n,_ in probes)
+    if size[0]>longest and (took<=0 or total<.9*max(o for _,o in found)):   # no probe is larger than the step
+        raise ValueError(f'the line through steps of up to {longest} tokens falls behind them at {size[0]}, so it foretells nothing; measure longer ones, with a larger most')
     base = min(total-kept, extend(sizes, work, (depth, 0, 0)))
     parts = dict(weights=kept//4 if training else kept) | (dict(gradients=kept//4, optimizer=kept//2) if training else {})
     parts |= {'process': base, 'work on tokens': total-kept-base}
     seq_len,batch_size = size
-    return Plan(seq_len, batch_size, changes, took, total, parts,
+    return Plan(seq_len, batch_size, changes, max(took, *(t for t,_ in found)), total, parts,
                 None if budget is None else longest_row(peak, budget, size[0]), budget)
 
 # %% ../nbs/15b_planner.ipynb #plan-code
@@ -279,6 +280,9 @@ def plan(
     limits = [o for c,sizes in zip(configs, probes) for o in probe_limits(c, sizes, seq_len, batch_size)]
     results = iter(measure(cases, threads=threads, limits=limits))
     size,room = (seq_len, batch_size),None if budget is None else budget*2**30
-    first,*others = [make_plan(c, size, training, room, o, sizes, [next(results) for _ in sizes]) for c,o,sizes in zip(configs, changed, probes)]
+    given = [(c, size, training, room, o, sizes, [next(results) for _ in sizes]) for c,o,sizes in zip(configs, changed, probes)]
+    first,others = make_plan(*given[0]),[]
+    for o in given[1:]:
+        with suppress(ValueError): others.append(make_plan(*o))   # of an alternative that cannot be foretold nothing is said
     fitting = [o for o in (first, *others) if o.fits]
     return Plan(**{**vars(first), 'others': others, 'best': min(fitting, key=lambda o: o.seconds, default=None)})

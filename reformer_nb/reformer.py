@@ -111,7 +111,10 @@ class TwoStreams(nn.Module):
         calls = state.calls()
         args['past'] = calls[0]
         if self.g_takes: g_args['past'] = calls[1]
-        y = join_streams(self.layers.streams(x, x, args, g_args), self.combine)
+        try: y = join_streams(self.layers.streams(x, x, args, g_args), self.combine)
+        except (TypeError, ValueError):
+            state.whole |= not any(o.new for o in calls)   # refused before a layer took anything in
+            raise
         return y,state.after(calls, state.count.new_full((len(x),), x.shape[1]) if input_mask is None else input_mask.sum(-1))
 
     def init_state(self,

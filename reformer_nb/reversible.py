@@ -222,7 +222,10 @@ def run_backward(
         drifts.append(drift(out, call.samples[k], x, precision))
         streams[to] = add_to_stream(streams[to], -out)
         d_streams[1-to] = d_streams[1-to] + dx
-        for i in found: d_leaves[i] = room[i].copy_(found[i]) if d_leaves[i] is None else d_leaves[i].add_(found[i])
+        for i,d in [*found.items()]:
+            if d.layout!=torch.strided: d_leaves[i] = d if d_leaves[i] is None else d_leaves[i] + d   # a sparse one has no use for room
+            else: d_leaves[i] = room[i].copy_(d) if d_leaves[i] is None else d_leaves[i].add_(d)
+            del found[i],d
         del out,dx,found   # the next branch needs the room
     return streams,d_streams,d_leaves,drifts
 

@@ -82,8 +82,8 @@ def read_metrics(
     "What was noted of a run; a line that was being written when the run was killed is left out"
     found = []
     for line in path.read_text(encoding='utf-8', errors='replace').splitlines() if path.exists() else ():
-        with suppress(ValueError): found.append(json.loads(line))
-    return [o for o in found if isinstance(o, dict) and isinstance(o.get('step'), int) and o['step']<steps]
+        with suppress(ValueError, RecursionError): found.append(json.loads(line))
+    return [o for o in found if isinstance(o, dict) and type(o.get('step')) is int and o['step']<steps]
 
 # %% ../nbs/18b_run_files.ipynb #open-board
 def open_board(

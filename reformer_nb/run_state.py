@@ -185,7 +185,8 @@ class RunStore:
 
     def steps(self)->list: # of int, rising
         "Which checkpoints there are"
-        return sorted(int(p.stem[5:]) for p in self.directory.glob('step-*.safetensors') if p.stem[5:].isdecimal())
+        numbers = (int(p.stem[5:]) for p in self.directory.glob('step-*.safetensors') if p.stem[5:].isdecimal())
+        return sorted(o for o in {*numbers} if self.path(o).exists())   # a file of another name is somebody else's
 
     def save(self,
         step:int, # steps that were done

@@ -17,7 +17,7 @@ from .attention import check_masks, multiset_weights, unit_norm, visible_pairs, 
 from .oracle import equal_pairs
 from .core import check_rate
 from .rounds import attend_chunks, count_repeats, last_chunk, merge_rounds, who_sees_whom
-from .lsh import check_lsh_inputs, choose_fused, pad_inputs, real_tokens
+from .lsh import check_lsh_inputs, choose_fused, fused_form, pad_inputs, real_tokens
 from .sorting import add_look_back, chunk, restore_order, sort_by_bucket, take_sorted, unchunk
 
 # %% ../nbs/04a_strict.ipynb #places-by-pairs
@@ -202,9 +202,7 @@ def strict_rounds(
     text = qk[:,:,:n],v[:,:,:n],buckets[...,:n]
     options:dict = dict(allow_duplicate_attention=allow_duplicate_attention, scale=scale, dropout=dropout)
     if choose_fused(backend, qk.device):
-        if backend=='triton': from reformer_nb.triton_lsh import triton_lsh_attention as fused_lsh_attention   # of later notebooks
-        else: from reformer_nb.fused_lsh import fused_lsh_attention
-        found = fused_lsh_attention(*text, mask=real[:,:n], key_mask=seen[:,:n], attn_mask=pairs, bucket_size=bucket_size, causal='strict',
+        found = fused_form(backend)(*text, mask=real[:,:n], key_mask=seen[:,:n], attn_mask=pairs, bucket_size=bucket_size, causal='strict',
                                     return_lse=True, **options)
         parts = [tuple(o[:,:,None] for o in found)]
     else: parts = [attend_text(*text, real[:,:n], seen[:,:n], bucket_size, attn_mask=pairs, **options)]

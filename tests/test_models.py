@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reformer_nb.cross_attention import CrossAttention, context_attention
+from reformer_nb.in_blocks import compute_in_blocks
 from reformer_nb.language_model import ReformerLM
 from reformer_nb.next_token import loss_in_blocks, next_token_loss
 from reformer_nb.reformer import Autopadder, Reformer
@@ -257,3 +258,34 @@ def test_autopadder_takes_what_reformer_pytorch_takes():
     model = stack().eval()
     near(Autopadder(model)(x, keys=keys, **args), model(x, keys=keys, **args))
     with pytest.raises(TypeError, match='net is a Linear'): Autopadder(nn.Linear(2, 2))
+
+# ---- in blocks -----------------------------------------------------------------------------------------------------
+
+def bend(a, b): return (a @ b).tanh()
+
+@pytest.mark.parametrize('made', (lambda w: (w, w), lambda w: (w.sin(), w), lambda w: (w, w.cos())), ids=('same', 'cut of whole', 'whole of cut'))
+def test_blocks_of_tensors_that_depend_on_each_other(made):
+    "To the second derivative"
+    w = torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    def blocks(w):
+        a,b = made(w)
+        return compute_in_blocks(bend, (a,), (b,), size=2)
+    torch.testing.assert_close(blocks(w), bend(*made(w)))
+    assert torch.autograd.gradcheck(blocks, (w,)) and torch.autograd.gradgradcheck(blocks, (w,))
+
+def test_blocks_along_a_negative_dimension_and_without_gradients():
+    x = torch.arange(12.).view(3, 4).requires_grad_()
+    torch.testing.assert_close(compute_in_blocks(torch.square, (x,), size=2, dim=-1), x.square())
+    def some(a): return (a>6).float() if a[0,0]<2 else a   # the first block has no gradient
+    compute_in_blocks(some, (x,), size=2, dim=1).sum().backward()
+    assert x.grad.tolist()==[[0., 0., 1., 1.]]*3
+    assert compute_in_blocks(torch.square, (torch.empty(3, 4, device='meta'),), size=2).shape==(3, 4)
+
+def test_a_tied_table_to_the_second_derivative():
+    model = ReformerLM(11, 8, 1, 16, heads=2, dim_head=4, causal=True, weight_tie_embedding='plain', use_full_attn=True, backend='reference', reverse_thres=100).double()
+    tokens,weight = torch.randint(11, (1, 9), generator=torch.Generator().manual_seed(0)),model.token_emb.weight
+    def second(loss):
+        first, = torch.autograd.grad(loss, weight, create_graph=True)
+        return first,*torch.autograd.grad(first.square().sum(), weight)
+    plain = F.cross_entropy(model.eval()(tokens)[0,:-1], tokens[0,1:])
+    for a,b in zip(second(model.loss(tokens)), second(plain)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)

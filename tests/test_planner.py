@@ -75,7 +75,7 @@ def test_plans_and_measures():
     assert planned.fits and planned.best in (planned, *planned.others) or planned.best.seconds<=planned.seconds
     assert sum(planned.parts.values())==pytest.approx(planned.peak)
     assert {'ff_chunks', 'use_full_attn'}=={k for o in planned.others for k in o.changes}
-    assert planned.longest>64 and 'recommended within 4.0 GiB' in repr(planned)
+    assert planned.longest>64 and 'recommended within 4.00 GiB' in repr(planned)
     assert torch.equal(state, torch.get_rng_state()) and torch.get_num_threads()==threads
 
 def test_failures_are_told(capsys):

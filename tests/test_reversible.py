@@ -410,3 +410,19 @@ def test_reformer_by_depth(hash_seed, depth, dtype, limit):
         torch.manual_seed(5)
         results.append(torch.cat([o.flatten() for o in torch.autograd.grad(one(inputs).square().mean(), list(one.parameters()))]))
     assert (results[0]-results[1]).norm()/results[1].norm()<limit
+
+def test_sparse_gradients_stay_sparse():
+    "Of a table of which a branch reads a few rows, in two blocks"
+    class Table(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(50, 4, sparse=True)
+        def forward(self, x): return self.table(torch.arange(x.shape[1])).expand_as(x)*x
+    g = Table()
+    stack = ReversibleSequence(nn.ModuleList([nn.ModuleList([nn.Linear(4, 4), g]) for _ in range(2)]))
+    stack(torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    found,g.table.weight.grad = g.table.weight.grad,None
+    assert found.is_sparse
+    stack.reverse_thres = 6
+    stack(torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
+    torch.testing.assert_close(found.to_dense(), g.table.weight.grad.to_dense())

@@ -233,3 +233,11 @@ def test_bad_states():
     with torch.no_grad(), pytest.raises(ValueError, match='keys and context_mask belong to the whole text'):
         _,state = model(text, state=model.init_state(2), keys=draw(2, 5, 12))
         model(text, state=state, keys=draw(2, 5, 12))
+
+def test_a_call_that_is_refused_leaves_its_state_usable():
+    model = ReformerLM(16, 16, 2, 64, heads=2, dim_head=8, bucket_size=8, n_hashes=2, causal='strict').eval()
+    state,tokens = model.init_state(1),torch.arange(10)[None]
+    with torch.no_grad():
+        with pytest.raises(ValueError, match='input_attn_mask'): model(tokens, state=state, input_attn_mask=torch.ones(1, 10, 10, dtype=torch.bool))
+        got,_ = model(tokens, state=state)
+        torch.testing.assert_close(got, model(tokens))

@@ -190,7 +190,8 @@ def our_time(rows, length, chunk):
 def beside_peers(rows, curves, length, chunk):
     "Runs of all libraries in the row LSH-2 with the recipe, and how far they are after the time of our slowest"
     found = [o for o in select(rows, trained='LSH-2', length=length, chunk=chunk) if (o['library'],o['variant']) in starts]
-    if {o['library'] for o in found}=={'reformer_nb'}: return []
+    ours = [o for o in found if o['library']=='reformer_nb' and o['lr']==1e-3]
+    if not ours or all(o['library']=='reformer_nb' for o in found): return []
     return list(progress(found, curves, cpu_seconds=our_time(rows, length, chunk)))
 
 def plot_curves(curves, names, ax=None):

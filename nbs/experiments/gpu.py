@@ -150,10 +150,12 @@ def run(parts, sizes, device, folder, repeats, **options):
     made = where(device)
     for part in parts:
         path = Path(folder)/f'gpu_{part}.csv'
-        path.unlink(missing_ok=True)
+        new = path.with_suffix('.new')
+        new.unlink(missing_ok=True)
         for row in rows(part, sizes, device, repeats, **options):
             print(part, *(f'{k}={v}' for k,v in row.items()), flush=True)
-            append(path, row | made)
+            append(new, row | made)
+        new.replace(path)   # what was there stays until all of it is measured again
 
 # ---- what the hardware allows ------------------------------------------------------------------------------------
 

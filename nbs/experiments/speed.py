@@ -279,7 +279,7 @@ def ratios(rows, what):
     "By length: the value of ours, and how many times as much each of the others has"
     for n in sorted({o['n'] for o in rows}):
         at = {o['who']: o[what] for o in rows if o['n']==n and o[what]!=''}
-        yield {'length': n, 'reformer_nb': at['reformer_nb']} | {k: f'{v/at["reformer_nb"]:.1f}×' for k,v in at.items() if k!='reformer_nb'}
+        if 'reformer_nb' in at: yield {'length': n, 'reformer_nb': at['reformer_nb']} | {k: f'{v/at["reformer_nb"]:.1f}×' for k,v in at.items() if k!='reformer_nb'}
 
 def along(rows, who, what='both'):
     "Points (length, value) of a contestant"
@@ -294,7 +294,7 @@ def ahead_of_full(rows):
     "For each number of rounds: the shortest length at which, and beyond which, hashing takes less time than full attention"
     full = dict(along(rows, 'full'))
     for who in list(attentions)[2:]:
-        slower = [n for n,y in along(rows, who) if y>=full[n]]
+        slower = [n for n,y in along(rows, who) if y>=full.get(n, 0.)]
         yield who,min((n for n in full if n>max(slower, default=0)), default=None)
 
 def plot_tokens(rows, ax):
