@@ -9,7 +9,7 @@ pytest.importorskip('jupyterlab')
 websocket = pytest.importorskip('websocket')
 cfg = get_config()
 few = ('00_core.ipynb', '14c_interactive.ipynb', 'experiments/decoding.ipynb')
-every = sorted(p.relative_to(cfg.nbs_path).as_posix() for p in nbglob(as_path=True))
+every = sorted(p.relative_to(cfg.nbs_path).as_posix() for p in nbglob(as_path=True) if '"cell_type": "code"' in p.read_text(encoding='utf-8'))
 
 class Lab:
     "A running server, asked as the page in a browser asks it"
@@ -41,7 +41,7 @@ class Lab:
     def run_all(self, path):
         "Run the code cells of a notebook in a kernel of its own, but those with a flag; the number of cells that ran"
         cells = [o['source'] for o in self.ask('GET', f'contents/{path}')['content']['cells'] if o['cell_type']=='code']
-        cells = [o for o in cells if not any(f'#| {flag}' in o.splitlines() for flag in ('slow','cuda'))]
+        cells = [o for o in cells if not any(f'#| {flag}' in o.splitlines() for flag in cfg.tst_flags.split())]
         session = self.ask('POST', 'sessions', dict(path=path, name='', type='notebook', kernel=dict(name='python3')))
         address = f'ws://127.0.0.1:{self.port}/api/kernels/{session["kernel"]["id"]}/channels'
         kernel = websocket.create_connection(address, header=self.head(), timeout=300)
@@ -68,7 +68,7 @@ def run_cell(kernel, source, path):
 @pytest.fixture(scope='module')
 def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp('lab')
-    shutil.copytree(cfg.nbs_path, folder/'nbs')   # what cells write stays there
+    for o in (cfg.nbs_path, cfg.lib_path): shutil.copytree(o, folder/o.name, ignore=shutil.ignore_patterns('__pycache__'))   # what cells write stays there
     server = Lab(folder)
     try:
         server.wait()
