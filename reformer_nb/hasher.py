@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['draw_uncompiled', 'StepCounter', 'drop_entries', 'HashSource', 'shared_rotations', 'outside_of_graph', 'draw_hash',
-           'power_of_two', 'hash_factors', 'row_factors', 'BucketHasher']
+           'power_of_two', 'hash_factors', 'row_factors', 'BucketCounts', 'BucketHasher']
 
 # %% ../nbs/01c_hasher.ipynb #imports
 from collections.abc import Callable
@@ -164,8 +164,43 @@ def row_factors(
     counts = bucket_count(mask.sum(-1), bucket_size).clamp(min=n_best + n_best%2)
     return split_counts(counts) if split else (counts,)
 
+# %% ../nbs/01c_hasher.ipynb #bucket-counts
+class BucketCounts(HashSource):
+    "Knows how many buckets a text gets"
+    n_hashes:int
+    bucket_size:int
+    n_buckets:int|tuple|Literal['power']|None
+    split_above:int|None
+    rehash_each_round:bool
+    n_best:int   # buckets of one hash that a vector is put into
+
+    def check_counts(self)->None:
+        "Refuse numbers that do not go together"
+        split_above,n_buckets = self.split_above,self.n_buckets
+        if split_above is not None: check_int('split_above', split_above, least=2)
+        if split_above is not None and n_buckets!='power':
+            raise ValueError(f"split_above={split_above} does nothing beside n_buckets={n_buckets!r}; pass n_buckets='power', or leave it out")
+        if self.rotations=='shared' and n_buckets is None:
+            raise ValueError("rotations='shared' draws the columns of all digits at once, so all rows need equally many buckets; pass n_buckets, a number or 'power'")
+        if n_buckets=='power' and not self.rehash_each_round:
+            raise ValueError("n_buckets='power' has too few buckets in short texts for rehash_each_round=False, which takes the n_hashes best; pass a number of buckets, or rehash_each_round=True")
+        if n_buckets is not None: self.factors(self.bucket_size)
+
+    def factors(self,
+        n:int, # length, padding included
+    )->tuple: # even numbers, the lowest digit first
+        "The bucket counts of the digits for `n` tokens"
+        return hash_factors(n, self.bucket_size, self.n_buckets, split=self.hash_seed is not None, n_best=self.n_best,
+                            split_above=self.split_above)
+
+    def n_ids(self,
+        n:int, # length, padding included
+    )->int: # real tokens have smaller ids
+        "The id of padding"
+        return math.prod(self.factors(n))
+
 # %% ../nbs/01c_hasher.ipynb #hasher
-class BucketHasher(HashSource):
+class BucketHasher(BucketCounts):
     "Bucket ids of a layer's vectors; each row's depend on its real tokens only"
     def __init__(self,
         n_hashes:int=8, # hash rounds
@@ -184,25 +219,8 @@ class BucketHasher(HashSource):
         self.n_hashes,self.bucket_size,self.n_buckets = n_hashes,bucket_size,n_buckets
         self.split_above = split_above
         self.rehash_each_round,self.n_best = rehash_each_round,1 if rehash_each_round else n_hashes
-        if split_above is not None: check_int('split_above', split_above, least=2)
-        if split_above is not None and n_buckets!='power':
-            raise ValueError(f"split_above={split_above} does nothing beside n_buckets={n_buckets!r}; pass n_buckets='power', or leave it out")
-        if rotations=='shared' and n_buckets is None:
-            raise ValueError("rotations='shared' draws the columns of all digits at once, so all rows need equally many buckets; pass n_buckets, a number or 'power'")
-        if n_buckets=='power' and not rehash_each_round:
-            raise ValueError("n_buckets='power' has too few buckets in short texts for rehash_each_round=False, which takes the n_hashes best; pass a number of buckets, or rehash_each_round=True")
-        if n_buckets is not None: self.factors(bucket_size)
-    def factors(self,
-        n:int, # length, padding included
-    )->tuple: # even numbers, the lowest digit first
-        "The bucket counts of the digits for `n` tokens"
-        return hash_factors(n, self.bucket_size, self.n_buckets, split=self.hash_seed is not None, n_best=self.n_best,
-                            split_above=self.split_above)
-    def n_ids(self,
-        n:int, # length, padding included
-    )->int: # real tokens have smaller ids
-        "The id of padding"
-        return math.prod(self.factors(n))
+        self.check_counts()
+
     def forward(self,
         vecs:Tensor, # (b, h, n, d)
         mask:Tensor|None=None, # (b, n) bool, True where a real token stands

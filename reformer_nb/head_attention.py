@@ -114,9 +114,8 @@ def attend_by_length(
     masks:dict = dict(mask=mask, key_mask=key_mask, attn_mask=attn_mask)
     full:Callable = full_attention if backend=='reference' else attend_fully
     if buckets is None: return full(qk, v, **masks, **common)
-    def lsh(qk, v, buckets, **masks):
-        return lsh_attention(qk, v, buckets, bucket_size=bucket_size, look_back=look_back, look_around=look_around, attend_across_buckets=attend_across_buckets,
-                             allow_duplicate_attention=allow_duplicate_attention, backend=backend, **common, **masks)
+    lsh:Callable = partial(lsh_attention, bucket_size=bucket_size, look_back=look_back, look_around=look_around, attend_across_buckets=attend_across_buckets,
+                  allow_duplicate_attention=allow_duplicate_attention, backend=backend, **common)
     if mask is None or not full_attn_thres: return lsh(qk, v, buckets, **masks)
     short = mask.sum(-1)<=full_attn_thres
     if torch.compiler.is_exporting():   # a graph cannot choose by the data, so it computes both

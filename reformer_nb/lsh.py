@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['backends', 'check_lsh_inputs', 'real_tokens', 'pad_inputs', 'choose_fused', 'fused_form', 'keys_across',
-           'check_strict_keys', 'check_kernel_keys', 'lsh_attention', 'lsh_weights', 'hash_rows', 'check_strict',
+           'check_key_eps', 'other_form', 'lsh_attention', 'lsh_weights', 'hash_rows', 'check_strict',
            'HashedAttention', 'LSHAttention']
 
 # %% ../nbs/04_lsh.ipynb #imports
 from collections.abc import Callable
+from functools import partial
 import torch
 from einops import rearrange
 from torch import Tensor, nn
@@ -96,18 +97,34 @@ def keys_across(
     return not strict if attend_across_buckets is None else attend_across_buckets
 
 # %% ../nbs/04_lsh.ipynb #key-limits
-def check_strict_keys(
+def check_key_eps(
     key_eps:float, # added to the mean square of a key
+    causal:bool|str, # False, True or 'strict'
+    backend:str='auto', # 'auto', 'fused', 'triton' or 'reference'
 )->None:
-    "Refuse what strict attention does not know"
-    if key_eps: raise ValueError(f"key_eps={key_eps} is not there under causal='strict', whose keys have length 1 exactly; leave it out, or use causal=True")
+    "Refuse what strict attention and the Triton kernels do not know"
+    if key_eps and causal=='strict': raise ValueError(f"key_eps={key_eps} must be 0 under causal='strict', where keys have length 1 exactly; leave it out, or use causal=True")
+    if key_eps and backend=='triton': raise ValueError(f"key_eps={key_eps} must be 0 under backend='triton', where keys have length 1 exactly; leave it out, or use backend='fused' or 'reference'")
 
-def check_kernel_keys(
+# %% ../nbs/04_lsh.ipynb #other-form
+def other_form(
     backend:str, # 'auto', 'fused', 'triton' or 'reference'
+    device:torch.device, # where to compute
+    *,
+    causal:bool|str, # False, True or 'strict'
+    around:bool, # whether the chunks make a circle, which the form for reading alone knows
     key_eps:float, # added to the mean square of a key
-)->None:
-    "Refuse what the Triton kernels do not know"
-    if key_eps and backend=='triton': raise ValueError(f"key_eps={key_eps} is not there in backend='triton', whose keys have length 1 exactly; use backend='fused' or 'reference'")
+    look_back:str, # what precedes the first chunk
+    attend_across_buckets:bool, # whether keys of other buckets count
+)->Callable|None: # called with tensors and the other arguments of `lsh_attention`; None: the form for reading is wanted
+    "What computes `lsh_attention` instead of the form for reading"
+    check_key_eps(key_eps, causal, backend)
+    if causal=='strict':
+        from reformer_nb.strict import strict_attention   # of a later notebook
+        return partial(strict_attention, backend=backend)
+    if around or not choose_fused(backend, device): return None
+    keys = {} if backend=='triton' else dict(key_eps=key_eps)
+    return partial(fused_form(backend), causal=causal, look_back=look_back, attend_across_buckets=attend_across_buckets, **keys)
 
 # %% ../nbs/04_lsh.ipynb #lsh-attention
 def lsh_attention(
@@ -136,16 +153,9 @@ def lsh_attention(
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
     attend_across_buckets,m = keys_across(causal, look_back, attend_across_buckets),bucket_size
     around = check_look_around(look_around, look_back, backend)
-    common:dict = dict(mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, bucket_size=m, scale=scale,
-                  dropout=dropout, allow_duplicate_attention=allow_duplicate_attention)
-    if causal=='strict':
-        check_strict_keys(key_eps)
-        from reformer_nb.strict import strict_attention   # of a later notebook
-        return strict_attention(qk, v, buckets, **common, backend=backend)
-    if choose_fused(backend, qk.device) and not around:
-        check_kernel_keys(backend, key_eps)
-        if backend!='triton': common['key_eps'] = key_eps
-        return fused_form(backend)(qk, v, buckets, **common, causal=causal, look_back=look_back, attend_across_buckets=attend_across_buckets)
+    other = other_form(backend, qk.device, causal=causal, around=around, key_eps=key_eps, look_back=look_back, attend_across_buckets=attend_across_buckets)
+    if other: return other(qk, v, buckets, mask=mask, query_len=query_len, key_mask=key_mask, attn_mask=attn_mask, bucket_size=m, scale=scale,
+                           dropout=dropout, allow_duplicate_attention=allow_duplicate_attention)
     qk,v,buckets,real = pad_inputs(qk, zero_padding(v, key_mask), buckets, real_tokens(qk, mask), m)
     keys = real if key_mask is None else real & pad_to_multiple(key_mask, m)
 
@@ -185,7 +195,7 @@ def lsh_weights(
     attend_across_buckets = keys_across(causal, look_back, attend_across_buckets)
     check_look_around(look_around, look_back, 'reference')
     if causal=='strict':
-        check_strict_keys(key_eps)
+        check_key_eps(key_eps, causal)
         from reformer_nb.strict import strict_attention_oracle
         return strict_attention_oracle(qk, qk, buckets, bucket_size=bucket_size, mask=mask, scale=scale, query_len=query_len, key_mask=key_mask,
                                        attn_mask=attn_mask, allow_duplicate_attention=allow_duplicate_attention, return_weights=True)[1]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['attention_layers', 'choose_layers', 'choose_heads', 'watch_layers', 'label_columns', 'new_entry', 'Recordings',
-           'Recorder', 'by_round', 'sorted_order']
+           'Hooks', 'Recorder', 'by_round', 'sorted_order']
 
 # %% ../nbs/14_recorder.ipynb #imports
 from collections.abc import Callable, Iterator
@@ -150,8 +150,8 @@ class Recordings(nn.Module):
         entries.append(dict(layer=number, name=name, **entry))
 
 # %% ../nbs/14_recorder.ipynb #recorder-class
-class Recorder(Recordings):
-    "Records attention weights and buckets of each forward pass of a model"
+class Hooks(Recordings):
+    "Says when a pass of the model begins and ends"
     ejected = False
     hooks:tuple = ()   # of the model while it is watched
     calls:tuple = ()   # modules that are being called
@@ -192,6 +192,9 @@ class Recorder(Recordings):
         for o in self.hooks: o.remove()
         self.hooks = ()
 
+# %% ../nbs/14_recorder.ipynb #recorder-calls
+class Recorder(Hooks):
+    "Records attention weights and buckets of each forward pass of a model"
     def __getattr__(self, name):
         found = super().__getattr__(name)
         if name not in ('embed', 'loss', 'generate'): return found

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_attention', 'check_around', 'attention_options', 'HashingHeads', 'in_backward', 'LocalHeads',
-           'StatefulSelfAttention', 'UpstreamWeights', 'LSHSelfAttention']
+           'StatefulSelfAttention', 'SelfAttentionCalls', 'UpstreamWeights', 'LSHSelfAttention']
 
 # %% ../nbs/06_self_attention.ipynb #imports
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from .attention import rotate_queries, zero_padding
 from .core import Config, accept_names, check_choice, check_int, check_rate
 from .hasher import BucketHasher
 from .head_attention import attend_by_length, full_attn_limit, in_pieces, local_attention, weights_by_length
-from .lsh import backends, check_kernel_keys, check_strict, check_strict_keys, choose_fused, keys_across
+from .lsh import backends, check_key_eps, check_strict, choose_fused, keys_across
 from .rounds import check_look_around, offset_buckets
 from .shared_qk import SharedQKHeads, check_width, hide_keys, join_masks, join_sequence
 
@@ -50,8 +50,7 @@ def check_around(
     if not isinstance(c['key_eps'], (int,float)) or c['key_eps']<0: raise ValueError(f"key_eps={c['key_eps']!r} must be a number, at least 0; pass for example 1e-6")
     around = check_look_around(c['look_around'], c['look_back'], c['backend'])
     if strict and c['n_buckets']=='power': raise ValueError("causal='strict' needs a number of buckets that does not follow from the length, but n_buckets='power' does; pass a number")
-    if strict and c['key_eps']: check_strict_keys(c['key_eps'])
-    check_kernel_keys(c['backend'], c['key_eps'])
+    check_key_eps(c['key_eps'], c['causal'], c['backend'])
     given = [k for k in ('count_padding', 'key_eps') if c[k]] + ['look_around']*around
     for k in given:
         if c['n_local_attn_heads'] and k!='look_around':
@@ -80,6 +79,7 @@ class HashingHeads(SharedQKHeads):
         c = config
         super().__init__(c['dim'], c['heads'], c['dim_head'], one_value_head=c['one_value_head'], out_bias=c['out_bias'])
         check_attention(c)
+        self.config = config
         self.mem_kv = nn.Parameter(torch.randn(1, c['num_mem_kv'], c['dim'])) if c['num_mem_kv'] else None
         self.hasher = BucketHasher(**c.arguments_of(BucketHasher))
         self.options = attention_options(c)
@@ -189,6 +189,9 @@ class StatefulSelfAttention(LocalHeads):
         if first and self.callback is not None and not in_backward(): self.report(turned[:,k:], buckets, n, masks)
         return self.post_attn_dropout(self.join_heads(out)),buckets
 
+# %% ../nbs/06_self_attention.ipynb #calls
+class SelfAttentionCalls(StatefulSelfAttention):
+    "The layer as a module is called, for its output alone"
     @accept_names()
     def forward(self,
         x:Tensor, # (b, n, e) of any length
@@ -223,7 +226,7 @@ class UpstreamWeights:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *rest)
 
 # %% ../nbs/06_self_attention.ipynb #layer-code
-class LSHSelfAttention(UpstreamWeights, StatefulSelfAttention):
+class LSHSelfAttention(UpstreamWeights, SelfAttentionCalls):
     "Multi-head LSH attention with shared queries and keys (paper, §2)"
     @accept_names(renamed=dict(emb='dim'))
     def __init__(self,
@@ -262,7 +265,4 @@ class LSHSelfAttention(UpstreamWeights, StatefulSelfAttention):
         out_bias:bool=True, # whether the projection back has a bias
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
         rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call
-    ):
-        config = Config(locals())
-        super().__init__(config)
-        self.config = config
+    ): super().__init__(Config(locals()))
