@@ -1,9 +1,10 @@
 "The tools behind `make run`, `make docs` and `make readme`, and what holds the pages together"
-import ast, functools, re, sys
+import ast, base64, functools, io, re, sys
 import grids
 import nbformat
 import pytest
 import reformer_nb
+from matplotlib.figure import Figure
 from nbdev.config import get_config
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 
@@ -99,6 +100,14 @@ def test_prep_cells():
     assert page.metadata['mystnb']['figure'] == dict(caption=f'Of {link}', name='fig-a')
     assert prep.code(new_code_cell('#| hide\nx'), syms) == []
     assert 'Not yet run on a GPU' in prep.code(new_code_cell('#| cuda\nx'), syms)[1].source
+
+@pytest.mark.parametrize('inches,wide', [(3, False), (8, True)])
+def test_prep_wide_pictures(inches, wide):
+    picture = io.BytesIO()
+    Figure((inches,1), dpi=100).savefig(picture, format='png')
+    output = new_output('display_data', {'image/png': base64.b64encode(picture.getvalue()).decode()})
+    page, = prep.code(new_code_cell('plot()', id='a', outputs=[output]), syms)
+    assert ('image' in page.metadata.get('mystnb', {}))==wide
 
 def test_prep_entry():
     class Thing:

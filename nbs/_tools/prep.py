@@ -3,7 +3,7 @@
 The notebooks are MyST already. Directives of nbdev become tags of cells, exported symbols become Sphinx objects with
 their docments, symbols in backticks become links.
 """
-import ast, importlib, inspect, json, re, shutil, sys, textwrap
+import ast, base64, importlib, inspect, json, re, shutil, sys, textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 import nbformat
@@ -123,6 +123,11 @@ def origin(cell):
     else: return []
     return [new_markdown_cell('{.stored}\n'+s, id=f'{cell.id[:60]}-by')]
 
+def picture_width(cell):
+    "Pixels of the widest picture that a cell has put out; a PNG has its width in bytes 16 to 19"
+    pictures = [o['data']['image/png'] for o in cell.outputs if 'image/png' in o.get('data', {})]
+    return max((int.from_bytes(base64.b64decode(o)[16:20], 'big') for o in pictures), default=0)
+
 def code(cell, syms):
     "What the page shows of a code cell"
     d = directives(cell)
@@ -132,6 +137,7 @@ def code(cell, syms):
     if tags := [known[o] for o in d.items() if o in known]: meta['tags'] = tags
     if 'label' in d: nb['figure'] = dict(caption=inline(d.get('fig-cap', ''), syms), name=d['label'])
     if 'fig-alt' in d: nb['image'] = dict(alt=d['fig-alt'])
+    if picture_width(cell)>700: nb['image'] = {**nb.get('image', {}), 'classes': 'wide'}
     if 'code-summary' in d: nb |= dict(code_prompt_show=d['code-summary'], code_prompt_hide=d['code-summary'])
     if nb: meta['mystnb'] = nb
     return [new_code_cell(body(cell), id=cell.id, outputs=cell.outputs, metadata=meta), *origin(cell)]
