@@ -609,6 +609,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                      'reformer_nb.planner.fit': ('planner.html#fit', 'reformer_nb/planner.py'),
                                      'reformer_nb.planner.fork_cases': ('planner.html#fork_cases', 'reformer_nb/planner.py'),
                                      'reformer_nb.planner.give_back_above': ('planner.html#give_back_above', 'reformer_nb/planner.py'),
+                                     'reformer_nb.planner.holds_pairs': ('planner.html#holds_pairs', 'reformer_nb/planner.py'),
                                      'reformer_nb.planner.kept_bytes': ('planner.html#kept_bytes', 'reformer_nb/planner.py'),
                                      'reformer_nb.planner.longest_row': ('planner.html#longest_row', 'reformer_nb/planner.py'),
                                      'reformer_nb.planner.make_plan': ('planner.html#make_plan', 'reformer_nb/planner.py'),

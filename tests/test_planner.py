@@ -57,11 +57,30 @@ def test_full_attention_beyond_its_probes():
     (_,peak), = measure([(config, 2048, 1, True, 2)], threads=1)
     assert planned.peak==pytest.approx(peak, rel=.2)
 
+def test_causal_full_attention_has_no_memory_for_pairs():
+    "Probes that are wrong by 10 MiB do not grow with the square of the length"
+    config,size,mib = dict(small, depth=6, max_seq_len=32768, use_full_attn=True),(32768, 1),2**20
+    sizes = probe_sizes(config, *size, most=4096)
+    def need(d, n): return (350 + 4*d)*mib + 2048*(2+d)*n + kept_bytes(dict(config, depth=d))
+    found = [(d*n*n/1e7, need(d, n) + 10*mib*((n==4096) - (n==2048))) for d,n,_ in sizes]
+    planned = make_plan(config, size, True, None, {}, sizes, found)
+    assert planned.peak==pytest.approx(need(6, 32768), rel=.1)
+    assert planned.seconds==pytest.approx(6*32768**2/1e7, rel=1e-6)   # time does
+
 def test_longest_row():
     for budget in (100, 200, 500):
         n = longest_row(lambda n: 50+n, budget, 64)
         assert .98*(budget-50)<=n<=budget-50
     assert longest_row(lambda n: 50+n, 49, 64)==0 and longest_row(lambda n: 50+n, 10**9, 64)==512
+
+@pytest.mark.parametrize('n', (1, 2, 3))
+@pytest.mark.parametrize('full', (False, True))
+def test_the_shortest_rows(n, full):
+    config = dict(small, max_seq_len=8, depth=1, use_full_attn=full)
+    sizes = probe_sizes(config, n, 1)
+    found = [(float(m), float(kept_bytes(config)+m)) for _,m,_ in sizes]
+    planned = make_plan(config, (n, 1), True, None, {}, sizes, found)
+    assert planned.seconds==pytest.approx(n) and planned.peak-kept_bytes(config)==pytest.approx(n)
 
 def test_the_fastest_that_fits_is_best():
     def some(seconds, peak): return Plan(8, 1, {}, seconds, peak, {}, 8, 100.)

@@ -86,8 +86,8 @@ def stream(folder, quick):
             x,state = model.embed(part, state=state)
             if i in (n//size//10, n//size-1): peaks.append(peak())
     cache = 2*2*n*2*64*4   # layers, keys and values, tokens, heads, width, bytes
-    row = dict(tokens=n, segment=size, seconds=round(time.perf_counter()-start), state_mb=round(state.nbytes/2**20, 1), cache_mb=round(cache/2**20, 1),
-               peak_mb_at_a_tenth=round(peaks[0]/2**20), peak_mb=round(peaks[1]/2**20))
+    row = dict(tokens=n, segment=size, seconds=round(time.perf_counter()-start), state_mib=round(state.nbytes/2**20, 1), cache_mib=round(cache/2**20, 1),
+               peak_mib_at_a_tenth=round(peaks[0]/2**20), peak_mib=round(peaks[1]/2**20))
     append(folder/'decoding_stream.csv', {**row, **surroundings()})
     print(row, flush=True)
 

@@ -179,7 +179,7 @@ allocators = {'default': {}, 'large blocks returned': dict(MALLOC_MMAP_THRESHOLD
 measured = ('peak', 'allocated', 'gradients', 'weights', 'seconds')
 
 def in_own_process(threads, what, allocator='default', **options):
-    "`measure_memory` in a new process, in MB; empty if the process is killed for want of memory"
+    "`measure_memory` in a new process, in MiB; empty if the process is killed for want of memory"
     given,env = json.dumps(dict(options, what=what)),os.environ | allocators[allocator]
     command = [sys.executable, __file__, '--threads', str(threads), '--one', given]
     res = subprocess.run(command, capture_output=True, text=True, env=env)
@@ -220,7 +220,7 @@ def rounds(quick, threads):
     ready = {(w,r): layer_step(w, n, r)[1] for r in counts for w in who}
     found = in_turns(ready, 3 if quick else 5, 10 if quick else 60)
     for (w,r),times in found.items():
-        yield dict(who=w, n=n, rounds=r, **times, peak_mb=in_own_process(threads, 'layer', who=w, n=n, rounds=r)['peak'])
+        yield dict(who=w, n=n, rounds=r, **times, peak_mib=in_own_process(threads, 'layer', who=w, n=n, rounds=r)['peak'])
 
 def crossing(quick, threads):
     for n in [2**i for i in range(8, 11 if quick else 13)]:
