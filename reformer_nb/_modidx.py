@@ -129,6 +129,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'reformer_nb.compat.exists': ('compat.html#exists', 'reformer_nb/compat.py'),
                                     'reformer_nb.compat.install': ('compat.html#install', 'reformer_nb/compat.py'),
                                     'reformer_nb.compat.max_neg_value': ('compat.html#max_neg_value', 'reformer_nb/compat.py'),
+                                    'reformer_nb.compat.run_program': ('compat.html#run_program', 'reformer_nb/compat.py'),
                                     'reformer_nb.compat.upstream_modules': ('compat.html#upstream_modules', 'reformer_nb/compat.py')},
             'reformer_nb.core': { 'reformer_nb.core.Config': ('core.html#config', 'reformer_nb/core.py'),
                                   'reformer_nb.core.Config.__getitem__': ('core.html#config.__getitem__', 'reformer_nb/core.py'),

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['models', 'layers', 'wrappers', 'helpers', 'UpstreamWrapper', 'UpstreamTrainingWrapper', 'UpstreamAutopadder',
            'UpstreamRecorder', 'ReversibleBlock', 'Always', 'exists', 'default', 'cast_tuple', 'max_neg_value',
-           'as_module', 'upstream_modules', 'install']
+           'as_module', 'upstream_modules', 'install', 'run_program']
 
 # %% ../nbs/20_compat.ipynb #imports
-import functools, sys
+import functools, os, runpy, sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 import torch
@@ -151,3 +151,14 @@ def install()->None:
                            'was made with it would not mix with this package; call install() before anything '
                            'imports reformer_pytorch')
     sys.modules.update(modules)
+
+# %% ../nbs/20_compat.ipynb #run-program
+def run_program(
+    argv:list|None=None, # the path of a program and its arguments; None takes what stands in `sys.argv` behind the first
+)->None:
+    "Run a program, with `import reformer_pytorch` meaning this package"
+    argv = [str(o) for o in (sys.argv[1:] if argv is None else argv)]
+    if not argv: raise ValueError('argv is empty; give the path of a program, and its arguments behind it')
+    install()
+    sys.argv,sys.path[0] = argv,os.path.dirname(os.path.abspath(argv[0]))   # as Python does
+    runpy.run_path(argv[0], run_name='__main__')

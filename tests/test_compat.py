@@ -48,6 +48,25 @@ install()
     code,_,err = run(code)
     assert code and 'already imported' in err and 'before' in err
 
+def test_a_program_runs_as_it_is(tmp_path):
+    "With its arguments, its own folder on the path, and the name that a program has"
+    (tmp_path/'beside.py').write_text('width = 16\n')
+    (tmp_path/'train.py').write_text('''
+import pickle, sys
+import reformer_pytorch
+from beside import width
+class Mine: pass
+if __name__=='__main__':
+    pickle.loads(pickle.dumps(Mine()))   # found where it was defined
+    print(sys.argv[1:], reformer_pytorch.LSHSelfAttention(dim=width, heads=2).__module__)
+''')
+    command = [sys.executable, '-c', 'from reformer_nb.compat import run_program; run_program()']
+    res = subprocess.run([*command, tmp_path/'train.py', '--lr', '1'], capture_output=True, text=True)
+    assert res.stdout=="['--lr', '1'] reformer_nb.stand_ins\n", res.stderr
+    for args,says in (([], 'path of a program'), ([tmp_path/'no.py'], 'no.py')):
+        res = subprocess.run([*command, *args], capture_output=True, text=True)
+        assert res.returncode and says in res.stderr.splitlines()[-1], res.stderr
+
 def test_modules_are_not_installed_by_looking_at_them():
     before = dict(sys.modules)
     upstream_modules.__wrapped__()   # not what an earlier call has made

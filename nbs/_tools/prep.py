@@ -189,7 +189,7 @@ def title(path):
     prose = '\n'.join(c.source for c in nbformat.read(path, 4).cells if c.cell_type=='markdown')
     head = re.search(r'^# (.+)', prose, flags=re.M)
     if not head: raise ValueError(f'{path.name} has no title; begin a markdown cell with "# "')
-    number = re.match(r'\d+', path.name)
+    number = re.match(r'\d+[a-z]?(?=_)', path.name)
     return f'{number[0]} {head[1]}' if number else head[1]
 
 def main(dest):
