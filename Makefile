@@ -40,7 +40,7 @@ test:      check ## the check, then every notebook and tests/
 	$(PYTEST)
 test-all:  check ## the same with whole grids and slow cells and tests
 	$(PYTEST) --all --flags "slow $(FLAGS)"
-bench:     $(VENV)/.dev ## time and memory beside the peers -> nbs/experiments/results; ARGS=--quick takes minutes
+bench:     $(VENV)/.dev ## time and memory beside reformer_pytorch, Hugging Face and full attention -> nbs/experiments/results; ARGS=--quick takes minutes
 	$(BIN)/python nbs/experiments/speed.py $(ARGS)
 experiments: $(VENV)/.dev ## what the tables of nbs/experiments still lack, in hours
 	$(BIN)/python nbs/experiments/duplication.py small ablation table half peers

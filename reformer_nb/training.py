@@ -179,8 +179,8 @@ def plot_run(
     bits = torch.tensor([o['bits_per_byte'] for o in history])
     mean = torch.stack([bits[max(0, i-24):i+1].mean() for i in range(len(bits))])
     seconds = [o['seconds'] for o in history]
-    ax.plot(seconds, bits, color='#0072B2', alpha=.25, lw=.8)
-    ax.plot(seconds, mean, color='#0072B2', label='training')
+    ax.plot(seconds, bits, color='#0072B2', alpha=.25, lw=.8, label='each step')
+    ax.plot(seconds, mean, color='#0072B2', label='mean of the last 25 steps')
     for (name,value),style in zip((lines or {}).items(), ('-', '--', '-.', ':')):
         ax.axhline(value, color='#555555', ls=style, lw=1, label=f'{name} {value:.2f}')
     ax.set(xlabel='seconds', ylabel='bits per byte')
