@@ -77,6 +77,7 @@ def check_masks(
 )->tuple: # query_len as a number, and the three masks as bool, or None
     "Who asks and who answers, in one form; refuses what does not fit `qk`"
     b,_,n,_ = qk.shape
+    if not n: raise ValueError(f'qk {tuple(qk.shape)} has no positions; give a sequence of at least one')
     if query_len is None: query_len = n
     elif not 0<query_len<=n:
         raise ValueError(f'query_len={query_len} must be from 1 to {n}, the length of qk; leave it out if every position asks')

@@ -155,7 +155,7 @@ def check_options(
 )->None:
     "Refuse values of no sense, and arguments that would do nothing beside others"
     check_values(config)
-    given = {**config, 'pkm_layers': memory_blocks(config)}
+    given = {**config, 'pkm_layers': memory_blocks(config), 'local_look_around': tuple(config['local_look_around'])}
     idle:list = []   # (name, default, what makes it idle)
     if config['use_rezero']: idle += [('use_scale_norm', False, 'use_rezero=True, which has no norm')]
     if config['twin_attention']: idle += [(k, o, 'twin_attention=True, which has no feed-forward layers')

@@ -177,7 +177,7 @@ def in_pieces(
     masks:dict, # mask, key_mask and attn_mask, each (b, ...) or None
 )->Tensor: # (b, h, query_len, d)
     "`attend`, for a few heads of a few rows at a time, in training repeated for the gradient"
-    if pieces==1: return attend(qk, v, buckets, **masks)
+    if pieces==1 or not len(qk): return attend(qk, v, buckets, **masks)
     b,h = qk.shape[:2]
     def part(rows): # (k) numbers of heads, all rows of the batch counted through
         x,y,ids = (None if o is None else o[rows//h,rows%h][:,None] for o in (qk, v, buckets))

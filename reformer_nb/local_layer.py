@@ -156,6 +156,7 @@ class LocalCalls(LocalProjections):
         "`forward`, in the form in which a stack calls layers that hash"
         if keys is not None: raise ValueError('keys are a context, which local layers do not see; leave them out, or build the model with cross_attention=True')
         b,n,_ = x.shape
+        if not n: return x,None
         real = torch.ones(b, n, dtype=torch.bool, device=x.device) if input_mask is None else as_mask(input_mask, (b, n))
         if input_attn_mask is not None: input_attn_mask = as_mask(input_attn_mask, (b, n, n), 'input_attn_mask')
         q,k,v = self.project(x, pos_emb)

@@ -8,7 +8,7 @@ __all__ = ['count_weights', 'kept_bytes', 'run_case', 'give_back_above', 'fork_c
            'plan']
 
 # %% ../nbs/15b_planner.ipynb #imports
-import ctypes, json, os, subprocess, sys, time
+import ctypes, json, os, pickle, subprocess, sys, time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -70,7 +70,7 @@ def give_back_above(
 # %% ../nbs/15b_planner.ipynb #measure-code
 def fork_cases()->None:
     "The helper process: read cases from standard input, run each in a child, write the results"
-    threads,cases,limits = json.load(sys.stdin)
+    threads,cases,limits = pickle.load(sys.stdin.buffer)
     for case,limit in zip(cases, limits):
         out,into = os.pipe()
         if not os.fork():
@@ -94,8 +94,9 @@ def measure(
     if not hasattr(os, 'fork'): raise OSError('the planner measures in forked processes, which this system does not have; use Linux or macOS')
     cmd = [sys.executable, '-c', 'from reformer_nb.planner import fork_cases; fork_cases()']
     path = os.pathsep.join(o for o in sys.path if o)
-    got = subprocess.run(cmd, input=json.dumps([threads or torch.get_num_threads(), cases, limits or [None]*len(cases)]), capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': path})
-    if got.returncode: raise ChildProcessError(f'the process that measures has failed: {got.stderr.strip()[-500:]}')
+    given = pickle.dumps([threads or torch.get_num_threads(), cases, limits or [None]*len(cases)])
+    got = subprocess.run(cmd, input=given, capture_output=True, env={**os.environ, 'PYTHONPATH': path})
+    if got.returncode: raise ChildProcessError(f'the process that measures has failed: {got.stderr.decode().strip()[-500:]}')
     results = [json.loads(o) for o in got.stdout.splitlines()]
     for case,o in zip(cases, results):
         if isinstance(o, str): raise ChildProcessError(f'a step of {case[2]} rows of {case[1]} tokens could not be measured: {o}')
@@ -128,7 +129,7 @@ def probe_sizes(
     depth,full = config['depth'],attends_fully(config, seq_len)
     parts,top = ((4, 2, 1) if full else (2, 1)),min(seq_len, most*(1+full))   # squares are followed further
     lengths = dict.fromkeys((max(1, top//k), min(batch_size, max(1, most//top))) for k in parts)   # a row of few tokens has fewer
-    depths = (depth,) if depth==1 or config.get('pkm_layers') else (1, min(depth, 3))   # a memory belongs to one block
+    depths = (depth,) if depth==1 or config.get('pkm_layers') or config.get('attn_layers') else (1, min(depth, 3))   # blocks differ
     return [(d, *o) for d in depths for o in lengths]
 
 # %% ../nbs/15b_planner.ipynb #probe-limits

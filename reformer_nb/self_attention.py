@@ -93,7 +93,7 @@ class HashingHeads(SharedQKHeads):
         layer:int, # index of the layer
     )->Tensor: # (b, h, r, n)
         "Bucket ids; without a seed, each piece of the heads draws its rotations, unless they are shared"
-        if self.hasher.hash_seed is not None or self.hasher.rotations=='shared' or self.attn_chunks==1: return self.hasher(qk, mask, layer=layer)
+        if self.hasher.hash_seed is not None or self.hasher.rotations=='shared' or self.attn_chunks==1 or not len(qk): return self.hasher(qk, mask, layer=layer)
         b,h = qk.shape[:2]
         pieces = torch.arange(b*h, device=qk.device).chunk(self.attn_chunks)
         ids = [self.hasher(qk.flatten(0,1)[o,None], None if mask is None else mask[o//h], layer=layer) for o in pieces]
@@ -174,6 +174,7 @@ class StatefulSelfAttention(LocalHeads):
             return continue_text(self, x, buckets, past, index=layer, keys=keys, input_mask=input_mask, context_mask=context_mask, pos_emb=pos_emb)
         n,k,first = x.shape[1],self.n_local_attn_heads,buckets is None
         check_width('x', x, self.toqk.in_features)
+        if not n: return x,None
         qk,v = self.split_heads(join_sequence(x, self.mem_kv, keys))
         masks = join_masks(x, qk.shape[2]-n-(0 if keys is None else keys.shape[1]), keys, input_mask=input_mask, context_mask=context_mask,
                            input_attn_mask=input_attn_mask, context_only=self.context_only)

@@ -67,3 +67,8 @@ def test_no_local_layer_attends_fully():
 def test_sizes_are_checked():
     with pytest.raises(ValueError, match='dim_head=0 must be at least 1'): LocalSelfAttention(8, 2, dim_head=0)
     with pytest.raises(TypeError, match='local_look_around=3 must be two whole numbers'): Reformer(16, 1, heads=2, attn_layers=('local',), local_look_around=3)
+
+def test_no_tokens_at_all():
+    x = torch.zeros(2, 0, 8, requires_grad=True)
+    out = LocalSelfAttention(8, 2, window=4)(x)
+    assert out.shape==x.shape and torch.autograd.grad(out.sum(), x)[0].shape==x.shape

@@ -11,6 +11,7 @@ from reformer_nb.in_blocks import compute_in_blocks
 from reformer_nb.language_model import ReformerLM
 from reformer_nb.next_token import loss_in_blocks, next_token_loss
 from reformer_nb.reformer import Autopadder, Reformer
+from reformer_nb.self_attention import LSHSelfAttention
 from torch import nn
 
 b,n,c,e,v = 2,37,19,24,61
@@ -289,3 +290,15 @@ def test_a_tied_table_to_the_second_derivative():
         return first,*torch.autograd.grad(first.square().sum(), weight)
     plain = F.cross_entropy(model.eval()(tokens)[0,:-1], tokens[0,1:])
     for a,b in zip(second(model.loss(tokens)), second(plain)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+@pytest.mark.parametrize('make', (lambda: language(), lambda: stack(), lambda: LSHSelfAttention(e, 3, 4).double()), ids=('language model', 'stack', 'layer'))
+def test_copies_of_data_parallel_are_refused_in_training(make):
+    "Their weights are no parameters, and they count steps that are lost"
+    model = make()
+    copies = {o: o._replicate_for_data_parallel() for o in model.modules()}
+    for o,copy in copies.items():
+        for k,child in o._modules.items(): copy._modules[k] = copies.get(child)
+        for k,p in o._parameters.items(): setattr(copy, k, None if p is None else p.clone())
+    given = tokens if isinstance(model, ReformerLM) else x
+    with torch.no_grad(): assert torch.equal(copies[model].eval()(given), model.eval()(given))
+    with pytest.raises(RuntimeError, match='DistributedDataParallel'): copies[model].train()(given)

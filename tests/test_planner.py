@@ -67,6 +67,11 @@ def test_causal_full_attention_has_no_memory_for_pairs():
     assert planned.peak==pytest.approx(need(6, 32768), rel=.1)
     assert planned.seconds==pytest.approx(6*32768**2/1e7, rel=1e-6)   # time does
 
+@pytest.mark.parametrize('options', (dict(), dict(ff_activation=torch.nn.ReLU), dict(attn_layers=('local', 'lsh')), dict(attn_layers=['lsh', 'lsh'], local_look_around=[1,0]), dict(axial_position_emb=True, axial_position_shape=(13,20))))
+def test_plans_a_model(options):
+    model = ReformerLM(**{**small, **options})
+    assert plan(model, 33, compare=False, threads=1).peak==pytest.approx(plan({**small, **options}, 33, compare=False, threads=1).peak, rel=.1)
+
 def test_longest_row():
     for budget in (100, 200, 500):
         n = longest_row(lambda n: 50+n, budget, 64)

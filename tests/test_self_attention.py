@@ -267,3 +267,16 @@ def test_layer_of_reformer_pytorch(causal, num_mem_kv, c, pairs, local, attn_chu
         named = dict(layer.named_parameters())
         results.append((*recorded, out, *torch.autograd.grad(out.sin().sum(), [*inputs.values(), *(named[k] for k in sorted(named))])))
     for a,b in zip(*results): torch.testing.assert_close(a, b, rtol=0, atol=1e-10, check_dtype=a.is_floating_point())
+
+@pytest.mark.parametrize('options', (dict(), dict(num_mem_kv=2), dict(use_full_attn=True), dict(n_local_attn_heads=1), dict(causal='strict', n_buckets=4)), ids=str)
+def test_no_tokens_at_all(options):
+    layer = new_layer(**options)
+    x = torch.zeros(2, 0, e, dtype=torch.double, requires_grad=True)
+    out,buckets = layer.with_state(x)
+    assert out.shape==(2, 0, e) and layer.with_state(x, buckets)[0].shape==(2, 0, e)
+    assert torch.autograd.grad(out.sum(), x)[0].shape==x.shape
+
+@pytest.mark.parametrize('options', (dict(use_full_attn=True), dict(backend='reference'), dict(hash_seed=None)), ids=str)
+def test_no_rows_in_pieces(options):
+    x = torch.zeros(0, 9, e, dtype=torch.double)
+    assert new_layer(attn_chunks=2, **options)(x).shape==x.shape
