@@ -83,8 +83,7 @@ class ReversibleSequence(nn.Module):
     )->Tensor: # (b, n, 2e)
         "Run the stack on two streams joined in one tensor"
         if x.shape[-1]%2:
-            raise ValueError(f'x has width {x.shape[-1]}, but must hold two streams of one width; make it even, '
-                             'or call streams(x1, x2)')
+            raise ValueError(f'x has width {x.shape[-1]}, but must hold two streams of one width; make it even, or call streams(x1, x2)')
         x1,x2 = x.chunk(2, dim=-1)
         return torch.cat(self.streams(x1, x2, *route(arg_route, kwargs)), dim=-1)
 
