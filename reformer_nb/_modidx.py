@@ -576,6 +576,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'reformer_nb/next_token.py'),
                                         'reformer_nb.next_token.padding_last': ( 'next_token.html#padding_last',
                                                                                  'reformer_nb/next_token.py'),
+                                        'reformer_nb.next_token.read_pairs': ('next_token.html#read_pairs', 'reformer_nb/next_token.py'),
                                         'reformer_nb.next_token.real_targets': ( 'next_token.html#real_targets',
                                                                                  'reformer_nb/next_token.py'),
                                         'reformer_nb.next_token.shift': ('next_token.html#shift', 'reformer_nb/next_token.py')},
