@@ -241,6 +241,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                       'reformer_nb/encoder_decoder.py'),
                                              'reformer_nb.encoder_decoder.check_rows': ( 'encoder_decoder.html#check_rows',
                                                                                          'reformer_nb/encoder_decoder.py'),
+                                             'reformer_nb.encoder_decoder.check_widths': ( 'encoder_decoder.html#check_widths',
+                                                                                           'reformer_nb/encoder_decoder.py'),
                                              'reformer_nb.encoder_decoder.force': ( 'encoder_decoder.html#force',
                                                                                     'reformer_nb/encoder_decoder.py'),
                                              'reformer_nb.encoder_decoder.lm_names': ( 'encoder_decoder.html#lm_names',
