@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_tensor', 'as_tokens', 'real_targets', 'next_token_loss', 'loss_in_blocks', 'padding_last', 'shift',
-           'check_predicts', 'check_collected', 'NextToken']
+           'check_predicts', 'check_collected', 'read_pairs', 'NextToken']
 
 # %% ../nbs/10b_next_token.ipynb #imports
 from collections.abc import Callable
@@ -125,6 +125,22 @@ def check_collected(
     raise ValueError("fully_shard collects weights for forward, and not for loss; call register_fsdp_forward_method(model, 'loss') of "
                      'torch.distributed.fsdp once, or wrap a module whose forward calls loss')
 
+# %% ../nbs/10b_next_token.ipynb #read-pairs
+def read_pairs(
+    model:nn.Module, # has `config` and `embed`
+    tokens:Tensor, # (b, n) int64
+    real:Tensor|None=None, # (b, n) bool, True where a real token stands; None means everywhere
+    input_attn_mask:Tensor|None=None, # (b, n, n) bool, True where position i may look at position j
+    **context:object, # more of what `embed` takes; None is left out
+)->tuple: # what `embed` makes of each token (b, n-1, e), with `state` that and a state; the tokens after them, and which of these are real, both (b, n-1)
+    "Vectors that bet, and on what; with `count_padding` every token is read where it stands"
+    def embed(tokens, real, allowed):
+        return model.embed(tokens, real, **{k: o for k,o in dict(context, input_attn_mask=allowed).items() if o is not None})
+    if model.config.get('count_padding') and context.get('state') is None:
+        return embed(tokens, real, input_attn_mask)[:,:-1],tokens[:,1:],None if real is None else real[:,:-1] & real[:,1:]
+    seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
+    return embed(seen, real, allowed),targets,real
+
 # %% ../nbs/10b_next_token.ipynb #next-token
 class NextToken:
     "The loss of a model whose `embed` makes vectors of tokens, and `head` a table and a bias for logits"
@@ -151,11 +167,7 @@ class NextToken:
         if input_attn_mask is not None:
             input_attn_mask = as_mask(input_attn_mask, (*tokens.shape, tokens.shape[1]), 'input_attn_mask')
         weight,bias = self.head()
-        if self.config.get('count_padding') and state is None:
-            x = self.embed(tokens, real, keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask)[:,:-1]
-            return loss_in_blocks(x, weight, bias, tokens[:,1:], None if real is None else real[:,:-1] & real[:,1:])
-        seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
-        context = dict(keys=keys, context_mask=context_mask)
-        if state is None: return loss_in_blocks(self.embed(seen, real, **context, input_attn_mask=allowed), weight, bias, targets, real)
-        x,state = self.embed(seen, real, **context, input_attn_mask=allowed, state=state)
+        x,targets,real = read_pairs(self, tokens, real, input_attn_mask, keys=keys, context_mask=context_mask, state=state)
+        if state is None: return loss_in_blocks(x, weight, bias, targets, real)
+        x,state = x
         return loss_in_blocks(x, weight, bias, targets, real),state

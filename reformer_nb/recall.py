@@ -43,7 +43,7 @@ def listen(
     "While this lasts, note what attention layers hash, and attend with"
     heard,projected,hooks = [],{},[]
     def project(layer, args, out): projected['qk'] = out.detach()
-    def hear(name, layer, qk, buckets, query_len, masks):
+    def hear(name, layer, qk, buckets, query_len, masks, real):
         raw = projected['qk'].unflatten(-1, (layer.heads, -1)).transpose(1, 2)[:,layer.n_local_attn_heads:]
         heard.append((name, layer, raw, AttentionCall(qk.double(), buckets, query_len, masks, layer.options)))
     for o in attention_layers(net).values(): hooks.append(o.toqk.register_forward_hook(project))

@@ -56,7 +56,7 @@ def choose_heads(
 @contextmanager
 def watch_layers(
     net:nn.Module, # a model, or a layer
-    hear:Callable, # called with name, layer, qk, buckets, query_len and masks
+    hear:Callable, # called with name, layer, qk, buckets, query_len, masks and which keys are real
     names:list|None=None, # of the layers to watch; None means all
 )->Iterator:
     "While this lasts, attention layers hand over what they attend with; afterwards they are as before"
@@ -89,6 +89,8 @@ def new_entry(
     call:AttentionCall, # what it attends with
     heads:list, # numbers of the heads to keep
     top_k:int|None=None, # largest weights of each query to keep; None keeps all
+    *,
+    real:Tensor|None, # (b, n) bool, True where a key is a real token; None means everywhere
 )->dict: # the entry of a recording
     "What is recorded of a layer, in float32 on the CPU"
     b,_,n,_ = call.qk.shape
@@ -97,11 +99,11 @@ def new_entry(
     with torch.autocast(call.qk.device.type, enabled=False):
         if top_k: attn = top_weights(call, top_k)
         else: attn = weights_by_length(call.qk, call.buckets, query_len=call.query_len, **call.masks, **call.options).float().cpu()
-    real = torch.ones(b, n, dtype=torch.bool) if call.masks['mask'] is None else call.masks['mask']
     ids = torch.zeros(b, len(heads), 0, dtype=torch.int64)
-    if call.buckets is not None: ids = offset_buckets(call.buckets, layer.hasher.n_ids(n) + (call.masks['mask'] is not None or layer.count_padding)).flatten(2).cpu()
+    if call.buckets is not None: ids = offset_buckets(call.buckets, layer.hasher.n_ids(n) + (real is not None or layer.count_padding)).flatten(2).cpu()
     return dict(attn=attn, buckets=ids, kind='full' if call.buckets is None else 'lsh', heads=heads,
-                columns=label_columns(layer, call.query_len, n), bucket_size=call.options['bucket_size'], real=real.cpu())
+                columns=label_columns(layer, call.query_len, n), bucket_size=call.options['bucket_size'],
+                real=torch.ones(b, n, dtype=torch.bool) if real is None else real.cpu())
 
 # %% ../nbs/14_recorder.ipynb #recorder-code
 class Recordings(nn.Module):
@@ -141,12 +143,13 @@ class Recordings(nn.Module):
     def record(self,
         name:str, # of the layer
         layer:LSHSelfAttention, # what is attending
-        *call:object, # what an `AttentionCall` takes, except for options
+        *call, # what an `AttentionCall` takes, except for options, and which keys are real
     )->None:
         "Keep what a layer attends with"
         entries,names = self.recordings.setdefault(self.iter, []),list(attention_layers(self.net))
         number = names.index(name) + len(names)*sum(o['name']==name for o in entries)   # blocks may share a layer
-        entry = new_entry(layer, AttentionCall._make((*call, layer.options)), choose_heads(layer, self.heads), self.top_k)
+        *parts,real = call
+        entry = new_entry(layer, AttentionCall._make((*parts, layer.options)), choose_heads(layer, self.heads), self.top_k, real=real)
         entries.append(dict(layer=number, name=name, **entry))
 
 # %% ../nbs/14_recorder.ipynb #recorder-class
@@ -197,17 +200,30 @@ class Recorder(Hooks):
     "Records attention weights and buckets of each forward pass of a model"
     def __getattr__(self, name):
         found = super().__getattr__(name)
-        if name not in ('embed', 'loss', 'generate'): return found
-        def call(*args, **named):   # methods of the model that run it
-            with nullcontext() if self.hooks else self: return found(*args, **named)
-        return call
+        if name=='stream': return lambda *args, **named: self.record_steps(self.record_call(found, *args, **named))
+        return partial(self.record_call, found) if name in ('embed', 'loss', 'generate') else found   # methods of the model that run it
+
+    def record_call(self,
+        *call, # a function that runs the model, and its arguments
+        **named, # its keyword arguments
+    )->object: # what it returns
+        "Call a function, and record the passes of the model"
+        run,*args = call
+        with nullcontext() if self.hooks else self: return run(*args, **named)
+
+    def record_steps(self,
+        stream:Iterator, # runs the model at each step
+    )->Iterator: # of what it yields
+        "Record the pass of each step, and nothing between them"
+        end = object()
+        while (step := self.record_call(next, stream, end)) is not end: yield step
 
     def forward(self,
         *args:Tensor, # of the model
         **named, # keyword arguments of the model
     )->object: # what the model returns
         "Call the model, and record the pass"
-        with nullcontext() if self.hooks else self: return self.net(*args, **named)
+        return self.record_call(self.net, *args, **named)
 
     def eject(self)->nn.Module: # the model
         "Forget all recordings and give the model back, as it was"

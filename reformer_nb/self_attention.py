@@ -139,13 +139,14 @@ class LocalHeads(HashingHeads):
         buckets:Tensor|None, # (b, h, r, n)
         query_len:int, # positions from here on are keys only
         masks:dict, # mask, key_mask and attn_mask
+        real:Tensor|None, # (b, n) bool, True where a real token stands, also where places count; None means everywhere
     )->None:
         "Hand the weights, if `return_attn` says so, and the buckets to `callback`"
         b,h,n,_ = qk.shape
         attn,ids = qk.new_empty(b, h, query_len, 0),qk.new_empty(b, h, 0, dtype=torch.int64)
         if self.return_attn: attn = weights_by_length(qk, buckets, query_len=query_len, **masks, **self.options)
         if buckets is not None:
-            n_ids = self.hasher.n_ids(n) + (masks['mask'] is not None or self.count_padding)   # padding has an id of its own
+            n_ids = self.hasher.n_ids(n) + (real is not None or self.count_padding)   # padding has an id of its own
             ids = offset_buckets(buckets, n_ids).flatten(2)
         self.callback(attn, ids)
 
@@ -169,7 +170,7 @@ class StatefulSelfAttention(LocalHeads):
             if input_attn_mask is not None: raise ValueError('input_attn_mask and a state exclude each other, since earlier keys have no column in it; leave one of them out')
             if self.callback is not None and not in_backward():
                 raise ValueError('a text that is read in segments cannot be recorded, since weights of earlier keys are not there; '
-                                 'leave state out (for generate: use_cache=False), or turn the Recorder off')
+                                 'leave state out (for generate and stream: use_cache=False), or turn the Recorder off')
             from reformer_nb.segments import continue_text   # of a later notebook
             return continue_text(self, x, buckets, past, index=layer, keys=keys, input_mask=input_mask, context_mask=context_mask, pos_emb=pos_emb)
         n,k,first = x.shape[1],self.n_local_attn_heads,buckets is None
@@ -187,7 +188,7 @@ class StatefulSelfAttention(LocalHeads):
         out = self.attend(turned[:,k:], v[:,k:], buckets, n, masks)
         if k: out = torch.cat([self.attend_nearby((turned if self.local_pos_emb else qk)[:,:k], v[:,:k], n, masks), out], dim=1)
         if self.count_padding and real is not None: out = zero_padding(out, real[:,:n])
-        if first and self.callback is not None and not in_backward(): self.report(turned[:,k:], buckets, n, masks)
+        if first and self.callback is not None and not in_backward(): self.report(turned[:,k:], buckets, n, masks, real)
         return self.post_attn_dropout(self.join_heads(out)),buckets
 
 # %% ../nbs/06_self_attention.ipynb #calls

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from .core import as_mask, check_int, check_rate
 from .generation import as_prompt, check_sampling, collect, continue_rows, given, keep_top_k, keep_top_p, sample
-from .next_token import as_tokens, check_predicts, loss_in_blocks, shift
+from .next_token import as_tokens, check_predicts, loss_in_blocks, read_pairs
 
 # %% ../nbs/12b_training_wrapper.ipynb #thres-filters
 def top_k(
@@ -80,11 +80,10 @@ class LossWrapper(nn.Module):
         tokens,real = self.as_batch(x, input_mask)
         context = given(dict(keys=keys, context_mask=context_mask))
         if not return_loss: return self.net(tokens, input_mask=real, **context, **given(dict(input_attn_mask=input_attn_mask)))
-        seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
+        vectors,targets,real = read_pairs(self.net, tokens, real, input_attn_mask, **context)
         counted = targets!=self.ignore_index if real is None else real & (targets!=self.ignore_index)
-        x = self.net.embed(seen, real, **context, **given(dict(input_attn_mask=allowed)))
         weight,bias = self.net.head()
-        return loss_in_blocks(x, weight, bias, targets, counted)
+        return loss_in_blocks(vectors, weight, bias, targets, counted)
 
 # %% ../nbs/12b_training_wrapper.ipynb #training-wrapper-generate
 class TrainingWrapper(LossWrapper):

@@ -99,6 +99,22 @@ def test_unknown_arguments_are_refused(options, says):
 def test_conflicts_are_refused(options):
     with pytest.raises(ValueError, match='leave it out'): new_model(**options)
 
+def test_a_decoder_that_counts_padding():
+    "Its loss is that of its logits, with padding in front too"
+    model,x,y = new_model(dec_count_padding=True).eval(),tokens(21, 0),tokens(13, 1)
+    for mask in (None, torch.arange(13)>=torch.tensor([[0], [4]])):
+        targets = y[:,1:] if mask is None else y[:,1:].masked_fill(~(mask[:,1:] & mask[:,:-1]), -100)
+        want = torch.nn.functional.cross_entropy(model(x, y, dec_input_mask=mask)[:,:-1].transpose(1, 2), targets)
+        torch.testing.assert_close(model(x, y, True, dec_input_mask=mask), want, rtol=0, atol=1e-12)
+
+@pytest.mark.parametrize('options', [dict(enc_combine='concat'), dict(enc_combine='concat', cross_attention=True),
+                                     dict(enc_combine='concat', dec_cross_attention=True, dec_context_dim=16)])
+def test_a_context_of_another_width_is_refused(options):
+    with pytest.raises(ValueError, match='enc_combine=.concat. .* width 32.* dec_context_dim=32'): new_model(**options)
+    model = new_model(**{**options, 'cross_attention': True, 'dec_context_dim': 32})
+    assert model(tokens(21, 0), tokens(13, 1)).shape==(2, 13, 40)
+    with pytest.raises(ValueError, match='dec_context_dim=16$'): new_model(cross_attention=True, dec_context_dim=20)
+
 def test_inputs_and_outputs_must_be_pairs():
     with pytest.raises(ValueError, match='give an output for each input'): new_model()(tokens(9, 0), tokens(9, 1, b=1))
     with pytest.raises(ValueError, match='leave it out'): new_model()([tokens(9, 0)[0]], [tokens(9, 1)[0]], enc_input_mask=torch.ones(1, 9).bool())

@@ -42,6 +42,21 @@ def test_padded_tensor_equals_list(pad):
     torch.testing.assert_close(wrapper(padded, return_loss=True, input_mask=mask), wrapper(texts, return_loss=True), rtol=0, atol=0)
     assert torch.equal(wrapper.generate(padded, 5, temperature=0, input_mask=mask), wrapper.generate(texts, 5, temperature=0))
 
+@pytest.mark.parametrize('depth', (1, 2))
+@pytest.mark.parametrize('ignore', (-100, 7))
+@pytest.mark.parametrize('mask', (None, torch.arange(23)<torch.tensor([[23], [9], [2]]), torch.arange(23)>=torch.tensor([[0], [14], [21]])), ids=('none', 'behind', 'in front'))
+def test_loss_where_padding_counts(depth, ignore, mask):
+    "The wrapper's loss is that of its own logits, whose last token has a place too, and that of the model"
+    model = ReformerLM(61, 24, depth, 40, heads=2, dim_head=8, bucket_size=4, n_hashes=2, causal=True, count_padding=True).double().eval()
+    wrapper = TrainingWrapper(model, ignore_index=ignore)
+    targets = tokens[:,1:] if mask is None else tokens[:,1:].masked_fill(~(mask[:,1:] & mask[:,:-1]), -100)
+    assert (targets==7).any()
+    logits = wrapper(tokens, input_mask=mask)[:,:-1].flatten(0, 1)
+    found,want = wrapper(tokens, True, input_mask=mask),torch.nn.functional.cross_entropy(logits, targets.masked_fill(targets==ignore, -100).flatten())
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    if ignore==-100: assert torch.equal(found, model.loss(tokens, mask))
+    for a,b in zip(*(torch.autograd.grad(o, model.parameters()) for o in (found, want))): torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
 def test_context_and_attention_mask_reach_the_model():
     model,context = new_model(),torch.randn(3, 5, 24, dtype=torch.float64, generator=seeded())
     wrapper,seen = TrainingWrapper(model),torch.arange(5)<3

@@ -136,6 +136,23 @@ def test_padding_that_counts_has_a_bucket_of_its_own():
             first,second = o['buckets'].unflatten(-1, (2, -1)).unbind(-2)
             assert first.max()==4 and second.min()>=5 and second.max()==9   # 20 places for 19 tokens: the last one is padding
 
+@pytest.mark.parametrize('n', (19, 20))
+def test_real_keys_where_padding_counts(n):
+    "Also of a layer, which may look at its context only"
+    mask,context_mask = torch.arange(n)<torch.tensor([[n],[7]]),torch.arange(5)<torch.tensor([[3],[5]])
+    recorder = Recorder(new_model(count_padding=True).eval())
+    recorder(torch.randint(61, (2, n)), mask)
+    for o in recorder.recordings[0]: assert torch.equal(o['real'], torch.nn.functional.pad(mask, (0, 20-n)))
+    for context_only in (False, True):
+        torch.manual_seed(0)
+        layer = LSHSelfAttention(24, heads=2, bucket_size=4, n_hashes=2, count_padding=True, context_only=context_only, num_mem_kv=2).eval()
+        x,keys,recorder = torch.randn(2, n, 24),torch.randn(2, 5, 24),Recorder(layer)
+        with torch.no_grad(): out = recorder(x, keys=keys, input_mask=mask, context_mask=context_mask)
+        (o,) = recorder.recordings[0]
+        assert torch.equal(o['real'], torch.cat([mask, torch.ones(2, 2).bool(), context_mask], 1))
+        v = layer.split_heads(torch.cat([x, layer.mem_kv.expand(2, -1, -1), keys], 1))[1]
+        torch.testing.assert_close(layer.join_heads(o['attn'] @ v)[mask], out[mask], rtol=0, atol=1e-5)
+
 def test_largest_weights_with_short_keys():
     model = new_model(key_eps=.1).eval()
     dense,sparse = Recorder(model),Recorder(model, top_k=40)
@@ -207,6 +224,24 @@ def test_recorders_within_recorders():
     outer(tokens)
     assert len(outer.recordings[0])==2 and outer.recordings[0][0]['attn'].shape==(2, 2, 19, 19)
     assert all(o.callback is None and 'report' not in vars(o) for o in attention_layers(inner.net).values())
+
+def test_streams_are_recorded():
+    "A pass for each token, streams at the same time too, and nothing that happens between them"
+    model = new_model().eval()
+    recorder = Recorder(model)
+    want = list(model.stream(tokens, 3, temperature=0))
+    for token,other,w in zip(recorder.stream(tokens, 3, temperature=0), recorder.stream(tokens, 3, temperature=0), want):
+        assert torch.equal(token, w) and torch.equal(other, w)
+        model(tokens)
+        assert not model._forward_hooks and not recorder.hooks
+    assert [o[0]['attn'].shape[-1] for o in recorder.recordings.values()]==[19, 19, 20, 20, 21, 21]
+    with recorder: assert len(list(recorder.stream(tokens, 2)))==2 and recorder.hooks
+    assert recorder.iter==8
+    next(recorder.stream(tokens, 3))   # a stream that nobody reads to its end
+    assert recorder.iter==9 and not model._forward_hooks
+    with pytest.raises(ValueError, match='max_new_tokens=0'): recorder.stream(tokens, 0)
+    recorder.eject()
+    with pytest.raises(RuntimeError, match='was ejected'): recorder.stream(tokens, 3)
 
 def test_rows_of_a_table():
     model = new_model(num_mem_kv=2)
