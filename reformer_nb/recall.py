@@ -24,7 +24,8 @@ def row_recall(
     call:AttentionCall, # what a layer attends with
     rows:Tensor, # (i) positions of queries
     top_k:int, # how many of the largest weights to look for
-)->tuple: # mass and top, both (b, h, i); NaN for a query that may see nobody
+    real:Tensor|None=None, # (b, n) bool, True where a real token stands
+)->tuple: # mass and top, both (b, h, i); NaN for padding, and for a query that may see nobody
     "How much of full attention the rounds reach, for some queries"
     full = call._replace(buckets=None)
     weights,pairs = full.weights(rows),call.pairs(rows)
@@ -32,20 +33,20 @@ def row_recall(
     top = weights.topk(min(top_k, weights.shape[-1])).indices
     wanted = pairs.expand_as(weights).gather(-1, top)
     found = (reached.expand_as(weights).gather(-1, top) & wanted).sum(-1, dtype=weights.dtype)
-    lonely = ~pairs.any(-1)
+    lonely = ~pairs.any(-1) if real is None else ~pairs.any(-1) | ~real[:,None,rows]
     return tuple((o/all_).masked_fill(lonely, math.nan) for o,all_ in (((weights*reached).sum(-1), 1), (found, wanted.sum(-1))))
 
 # %% ../nbs/15a_recall.ipynb #listen
 @contextmanager
 def listen(
     net:nn.Module, # a model, or a layer
-)->Iterator: # of a list that fills up with (name, layer, vectors to hash (b, h, n, d), AttentionCall)
+)->Iterator: # of a list that fills up with (name, layer, vectors to hash (b, h, n, d), AttentionCall, mask (b, n) or None)
     "While this lasts, note what attention layers hash, and attend with"
     heard,projected,hooks = [],{},[]
     def project(layer, args, out): projected['qk'] = out.detach()
     def hear(name, layer, qk, buckets, query_len, masks, real):
         raw = projected['qk'].unflatten(-1, (layer.heads, -1)).transpose(1, 2)[:,layer.n_local_attn_heads:]
-        heard.append((name, layer, raw, AttentionCall(qk.double(), buckets, query_len, masks, layer.options)))
+        heard.append((name, layer, raw, AttentionCall(qk.double(), buckets, query_len, masks, layer.options), real))
     for o in attention_layers(net).values(): hooks.append(o.toqk.register_forward_hook(project))
     try:
         with watch_layers(net, hear): yield heard
@@ -60,6 +61,7 @@ def rehash(
     number:int, # of the layer
     n_hashes:int, # hash rounds to try
     bucket_size:int, # bucket size to try
+    real:Tensor|None=None, # (b, n) bool, True where a real token stands
 )->AttentionCall:
     "The same call with other buckets; with the layer's own numbers, those it has used"
     h = layer.hasher
@@ -67,7 +69,7 @@ def rehash(
     fixed = h.n_buckets if bucket_size==h.bucket_size else None
     other = BucketHasher(n_hashes, bucket_size, n_buckets=fixed, hash_seed=h.hash_seed or 0, rotations='fixed',
                          random_rotations_per_head=h.random_rotations_per_head).eval()
-    return call._replace(buckets=other(raw, call.masks['mask'], layer=number), options={**call.options, 'bucket_size': bucket_size, 'full_attn_thres': 0})
+    return call._replace(buckets=other(raw, real, layer=number), options={**call.options, 'bucket_size': bucket_size, 'full_attn_thres': 0})
 
 # %% ../nbs/15a_recall.ipynb #attention-recall
 def attention_recall(
@@ -87,11 +89,11 @@ def attention_recall(
     with torch.no_grad(), replay_modes([(o, False) for o in net.modules()]), listen(net) as heard: net(*args, **named)
     if not heard: raise ValueError(f'net is a {type(net).__name__} in which no LSHSelfAttention was called; give a model that has one')
     res = []
-    for number,(name,layer,raw,call) in enumerate(heard):
+    for number,(name,layer,raw,call,real) in enumerate(heard):
         rows = torch.randperm(call.query_len, generator=torch.Generator().manual_seed(seed))[:queries].sort().values.to(raw.device)
         for r,m in product(n_hashes or (layer.hasher.n_hashes,), bucket_size or (layer.hasher.bucket_size,)):
-            tried = rehash(layer, raw, call, number, r, m) if n_hashes or bucket_size else call
-            found = row_recall(tried, rows, top_k)
+            tried = rehash(layer, raw, call, number, r, m, real) if n_hashes or bucket_size else call
+            found = row_recall(tried, rows, top_k, real)
             mass,top = (o.transpose(0, 1).flatten(1).nanmean(-1).tolist() for o in found)
             res += [dict(layer=number, name=name, head=layer.n_local_attn_heads+h, n_hashes=r, bucket_size=m, mass=a, top=b)
                     for h,(a,b) in enumerate(zip(mass, top))]

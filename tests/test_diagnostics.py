@@ -7,7 +7,7 @@ import pytest, torch
 from torch import nn
 from reformer_nb.oracle import lsh_attention_oracle
 from reformer_nb.diagnostics import check_causality, check_gradients, check_padding
-from reformer_nb.recall import attention_recall, listen, row_recall
+from reformer_nb.recall import attention_recall, listen, rehash, row_recall
 from reformer_nb.encoder_decoder import ReformerEncDec
 from reformer_nb.hasher import BucketHasher
 from reformer_nb.language_model import ReformerLM
@@ -173,7 +173,7 @@ def test_recall_equals_a_count(causal, duplicates):
 def full_weights(model, layer):
     "What a layer would attend to in full, given what it is fed"
     with torch.no_grad(), listen(model.eval()) as heard: model(tokens)
-    call = heard[layer][-1]
+    call = heard[layer][3]
     return call._replace(buckets=None).weights(torch.arange(24)) * ~torch.eye(24, dtype=torch.bool)
 
 def test_recall_of_own_buckets_is_that_of_the_recording():
@@ -209,3 +209,15 @@ def test_recall_takes_linear_memory():
 def test_weight_tie_counts_layers():
     rows = attention_recall(new_model(weight_tie=True), tokens, bucket_size=(4, 8))
     assert sorted({o['layer'] for o in rows})==[0, 1]
+
+@pytest.mark.parametrize('count_padding', (False, True))
+def test_recall_leaves_padding_out(count_padding):
+    "Neither are padded queries averaged, nor is padding hashed as text, where places count"
+    model = LSHSelfAttention(24, heads=2, bucket_size=4, n_buckets=4, causal=True, count_padding=count_padding).eval()
+    real = torch.arange(24) < torch.tensor([[24], [7]])
+    with torch.no_grad(), listen(model) as heard: model(torch.randn(2, 24, 24, generator=seeded()), input_mask=real)
+    (_,layer,raw,call,found), = heard
+    mass,_ = row_recall(call, torch.arange(24), 3, found)
+    assert torch.equal(mass[:,:,1:].isnan().any(1), ~real[:,1:])   # the first token of a causal text sees nobody
+    again = rehash(layer, raw, call, 0, layer.hasher.n_hashes, 5, found)
+    assert (again.buckets[1,:,:,7:]>=again.buckets[1,:,:,:7].amax()).all() and (again.buckets[1,:,:,7:]==again.buckets[1,:,:,7:].amax()).all()
