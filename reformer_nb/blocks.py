@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 import math
 from torch import nn
-from .core import Config, check_choice, check_int, check_rate
+from .core import Config, check_choice, check_int, check_number, check_rate
 from .cross_attention import CrossAttention, DecoderAttention
 from .feed_forward import Chunk, FeedForward, PreNorm, ReZero, ScaleNorm
 from .hasher import hash_factors
@@ -138,7 +138,7 @@ def check_values(
     for k in ('local_window', 'ff_hidden'):
         if config[k] is not None: check_int(k, config[k])
     check_neighbours('local_look_around', config['local_look_around'])
-    if not isinstance(config['norm_eps'], float) or config['norm_eps']<=0: raise ValueError(f"norm_eps={config['norm_eps']!r} must be a number above 0; pass for example 1e-5")
+    check_number('norm_eps', config['norm_eps'])
     if memory_blocks(config): check_int('pkm_num_keys', config['pkm_num_keys'], least=32)
     if not (config['rehash_each_round'] or config['lsh_allow_duplicate_attention']):
         raise ValueError('rehash_each_round=False needs lsh_allow_duplicate_attention=True; set one of them to True')

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['format_version', 'migrations', 'model_classes', 'named_tensors', 'fingerprint', 'encode_activation', 'encode_config',
-           'decode_activation', 'decode_config', 'same_config', 'save_pretrained', 'read_weights', 'build_model',
-           'load_pretrained']
+           'decode_activation', 'decode_config', 'layout', 'Unfilled', 'misfit', 'check_savable', 'same_config',
+           'save_pretrained', 'read_weights', 'build_model', 'load_pretrained']
 
 # %% ../nbs/16_checkpoints.ipynb #imports
 import hashlib, json
@@ -20,6 +20,7 @@ from .self_attention import LSHSelfAttention
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 # %% ../nbs/16_checkpoints.ipynb #named-tensors
 def named_tensors(
@@ -105,6 +106,50 @@ def decode_config(
                          'install a newer reformer_nb')
     return cls,{k: decode_activation(o) if k.endswith('ff_activation') else o for k,o in arguments.items()}
 
+# %% ../nbs/16_checkpoints.ipynb #layout
+def layout(
+    model:nn.Module, # any
+)->dict: # {name: (shape, first name of the same tensor)}
+    "Which tensors a model has, and which of them are one"
+    first,found = {},model.state_dict(keep_vars=True)
+    return {k: (tuple(getattr(o, 'shape', ())), first.setdefault(id(o), k)) for k,o in found.items()}
+
+# %% ../nbs/16_checkpoints.ipynb #unfilled
+class Unfilled(TorchFunctionMode):
+    "Makes tensors without their first values, whose memory is never touched"
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ('normal_', 'uniform_', 'kaiming_uniform_', 'zero_', 'fill_'): return (*args, *(kwargs or {}).values())[0]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+
+# %% ../nbs/16_checkpoints.ipynb #misfit
+def misfit(
+    name:str, # of a tensor
+    own:dict, # `layout` of a model
+    wanted:dict, # that of a model with the same arguments
+)->str: # a clause about the tensor, and one with a remedy
+    "What is wrong with a tensor, and what to do"
+    (shape,same),(their_shape,theirs) = (o.get(name, (None, None)) for o in (own, wanted))
+    remedy = "save the model's state_dict with torch.save"
+    if 'parametrizations' in name.split('.'): remedy = f'remove it with torch.nn.utils.parametrize.remove_parametrizations first, or {remedy}'
+    elif same not in (None, name) and 'token_emb.weight' in f'{name} {same}': remedy = f"build the model with weight_tie_embedding='plain', or {remedy}"
+    if shape is None: return f'{name} is missing; {remedy}'
+    if their_shape is None: return f'{name} is no tensor of a model with these arguments; {remedy}'
+    if shape!=their_shape: return f'{name} has shape {shape}, a model with these arguments {their_shape}; {remedy}'
+    mine = 'a tensor of its own' if same==name else f'the same tensor as {same}'
+    return f'{name} is {mine}, in a model with these arguments {"it is not" if theirs==name else f"it is {theirs}"}; {remedy}'
+
+def check_savable(
+    model:nn.Module, # of one of `model_classes`
+)->str: # its configuration
+    "Refuse a model whose tensors are not those of its configuration, and which could not be read back"
+    config = encode_config(model)
+    cls,arguments = decode_config(config)
+    with torch.random.fork_rng(devices=[]), torch.device('cpu'), Unfilled(): wanted = layout(cls(**arguments))
+    own = layout(model)
+    wrong = next((k for k in {**own, **wanted} if own.get(k)!=wanted.get(k)), None)
+    if wrong is None: return config
+    raise ValueError(f'the model is no longer that of its arguments and could not be read back: {misfit(wrong, own, wanted)}')
+
 # %% ../nbs/16_checkpoints.ipynb #same-config
 def same_config(
     path:Path, # of a `config.json`, which need not be there
@@ -121,7 +166,7 @@ def save_pretrained(
     directory:str|Path, # made if it is not there
 )->None:
     "Write `model.safetensors`, which holds the configuration too, and a copy of that, `config.json`"
-    config,weights,copy = encode_config(model),Path(directory)/'model.safetensors',Path(directory)/'config.json'
+    config,weights,copy = check_savable(model),Path(directory)/'model.safetensors',Path(directory)/'config.json'
     tensors = {k: o.detach().cpu().contiguous() for k,o in named_tensors(model).items()}
     metadata = dict(config=config, sha256=fingerprint(config, tensors))
     if not same_config(copy, config): copy.unlink()
@@ -159,7 +204,7 @@ def build_model(
     wrong = sorted({k for k,_ in shapes ^ theirs})
     if wrong:
         raise ValueError(f'{wrong[0]} and {len(wrong)-1} other tensors do not fit a {cls.__name__} '
-                         f'with the saved arguments; {advice}')
+                         f'with the saved arguments; {advice}, or its tensors alone with safetensors.torch.load_file')
     for k,o in own.items(): o.data = o.data.to(tensors[k].dtype)
     model.load_state_dict(tensors, strict=False)   # a shared tensor has one name only
     return model

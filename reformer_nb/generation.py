@@ -67,7 +67,7 @@ def sample(
     check_sampling(temperature, top_k, top_p)
     if temperature==0: return logits.argmax(-1)
     logits = upcast(logits)
-    logits = (logits-logits.amax(-1, keepdim=True))/temperature
+    logits = (logits-logits.amax(-1, keepdim=True))/max(temperature, torch.finfo(logits.dtype).tiny)   # less would count as 0
     if top_k is not None: logits = keep_top_k(logits, top_k)
     if top_p is not None: logits = keep_top_p(logits, top_p)
     probs = logits.softmax(-1).to(generator.device if generator else logits.device)   # draw where the generator is

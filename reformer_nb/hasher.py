@@ -10,6 +10,7 @@ __all__ = ['draw_uncompiled', 'StepCounter', 'drop_entries', 'HashSource', 'shar
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 import math
+from numbers import Integral
 from typing import Literal
 import torch
 from einops import rearrange
@@ -71,6 +72,8 @@ class HashSource(StepCounter):
         super().__init__()
         check_choice('rotations', rotations, ('fresh', 'fixed', 'shared'))
         check_rate('drop_for_hash_rate', drop_for_hash_rate)
+        if hash_seed is not None and (isinstance(hash_seed, bool) or not isinstance(hash_seed, Integral)):
+            raise TypeError(f"hash_seed={hash_seed!r} must be a whole number; pass for example 0, or None for torch's global generator")
         self.hash_seed,self.rotations = hash_seed,rotations
         self.random_rotations_per_head,self.drop_for_hash_rate = random_rotations_per_head,drop_for_hash_rate
     def next_step(self)->int: # 0 in evaluation, and where nothing changes from step to step

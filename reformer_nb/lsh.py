@@ -14,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from .attention import check_masks, multiset_weights, rotate_queries, single_head_masks, unit_norm, zero_padding
-from .core import accept_names, as_mask, check_choice, check_int, check_rate, pad_to_multiple
+from .core import accept_names, as_mask, check_choice, check_int, check_number, check_rate, pad_to_multiple
 from .hasher import BucketHasher
 from .rounds import (add_neighbours, attend_chunks, check_look_around, count_repeats, last_chunk, listed_keys, merge_rounds, offset_buckets,
                                 who_sees_whom)
@@ -287,6 +287,7 @@ class LSHAttention(HashedAttention):
     ):
         super().__init__()
         check_rate('dropout', dropout)
+        check_number('scale', scale, signed=True)
         across = check_strict(causal, look_back, attend_across_buckets, n_buckets)
         check_choice('backend', backend, backends)
         if not (rehash_each_round or allow_duplicate_attention):

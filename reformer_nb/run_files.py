@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from .atomic import write_atomic
-from .checkpoints import encode_config, save_pretrained
+from .checkpoints import check_savable, encode_config, save_pretrained
 from .data import Corpus
 from .run_state import RunStore, load_training_state, read_checkpoint, training_state
 from .training import TrainSettings
@@ -49,7 +49,7 @@ class Run:
     ):
         if settings.tensorboard and not out:
             raise ValueError('tensorboard=True writes into out, which is None; pass out, the folder of the run')
-        if out: encode_config(model)   # refuses what could not be saved
+        if out: check_savable(model)   # refuses what could not be saved
         self.model,self.opt,self.corpus,self.settings,self.accelerator = model,opt,corpus,settings,accelerator
         self.out = Path(out) if out else None
         self.store = RunStore(self.out/'checkpoints', settings.keep) if self.out else None

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from .attention import rotate_queries, zero_padding
-from .core import Config, accept_names, check_choice, check_int, check_rate
+from .core import Config, accept_names, check_choice, check_int, check_number, check_rate
 from .hasher import BucketHasher
 from .head_attention import attend_by_length, full_attn_limit, in_pieces, local_attention, weights_by_length
 from .lsh import backends, check_key_eps, check_strict, choose_fused, keys_across
@@ -26,6 +26,7 @@ def check_attention(
     "Refuse arguments that make no sense, alone or together"
     c = config
     for name in ('dropout', 'post_attn_dropout'): check_rate(name, c[name])
+    check_number('scale', c['scale'], signed=True)
     for name in ('num_mem_kv', 'n_local_attn_heads'): check_int(name, c[name], least=0)
     if c['attn_chunks'] is not None: check_int('attn_chunks', c['attn_chunks'])
     if c['full_attn_thres'] not in (None, 'auto'): check_int('full_attn_thres', c['full_attn_thres'], least=0)
@@ -47,7 +48,7 @@ def check_around(
 )->None:
     "Refuse what does not go with other neighbours, with places of padding, with short keys"
     c,strict = config,config['causal']=='strict'
-    if not isinstance(c['key_eps'], (int,float)) or c['key_eps']<0: raise ValueError(f"key_eps={c['key_eps']!r} must be a number, at least 0; pass for example 1e-6")
+    check_number('key_eps', c['key_eps'], zero=True)
     around = check_look_around(c['look_around'], c['look_back'], c['backend'])
     if strict and c['n_buckets']=='power': raise ValueError("causal='strict' needs a number of buckets that does not follow from the length, but n_buckets='power' does; pass a number")
     check_key_eps(c['key_eps'], c['causal'], c['backend'])

@@ -212,6 +212,7 @@ class TextState(LayerMemory):
 
     def calls(self)->tuple: # of two SegmentCall, for F and for G
         "What a stack is given to go on"
+        if not torch.is_inference_mode_enabled() and any(o.is_inference() for o in self.tensors()): self.layers = self.clone().layers
         self.whole = torch.is_grad_enabled()
         return tuple(SegmentCall(o) for o in self.layers)
 

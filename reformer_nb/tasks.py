@@ -110,8 +110,8 @@ def masked_mean(
     x:Tensor, # (b, n, e)
     input_mask:Tensor|None=None, # (b, n) True or 1 where a real token stands; None means everywhere
 )->Tensor: # (b, e)
-    "Average over the real positions"
-    if input_mask is None: return x.mean(1)
+    "Average over the real positions; 0 where there are none"
+    if input_mask is None: return x.mean(1) if x.shape[1] else x.sum(1)
     x,real = hide_padding(x, input_mask)
     return x.sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 

@@ -1,12 +1,14 @@
 "Checkpoints under hard conditions: killed and concurrent writers, damage in every bit, random configurations"
-import json, os, random, subprocess, sys, threading, time
+import copy, json, os, random, subprocess, sys, threading, time
 from itertools import product
 import pytest
 import torch
 from reformer_nb.atomic import write_atomic
 from reformer_nb.checkpoints import encode_config, load_pretrained, named_tensors, save_pretrained
 from reformer_nb.language_model import ReformerLM
+from reformer_nb.self_attention import LSHSelfAttention
 from torch import nn
+from torch.nn.utils import parametrizations
 from grids import sample
 
 sizes = dict(num_tokens=61, dim=24, depth=2, max_seq_len=40, heads=3, dim_head=8, bucket_size=5, n_hashes=2,
@@ -192,3 +194,46 @@ def test_same_file_for_same_model(tmp_path):
     raw = [(tmp_path/str(k)/'model.safetensors').read_bytes() for k in range(2)]
     prints = [json.loads(o[8:8+int.from_bytes(o[:8], 'little')])['__metadata__']['sha256'] for o in raw]
     assert prints[0]==prints[1]
+
+# ---- a model that is no longer the one of its arguments ------------------------------------------------------------
+
+def tie(model): model.to_logits.weight = model.token_emb.weight
+def normalise(model): parametrizations.weight_norm(attention(model).toqk)
+def untie(model):
+    block = model.reformer.layers.blocks[1]
+    block[0].fn = copy.deepcopy(block[0].fn)
+def widen(model): model.to_logits = nn.Linear(24, 62)
+def take_away(model): model.to_logits.bias = None
+def attention(model): return next(o for o in model.modules() if isinstance(o, LSHSelfAttention))
+
+@pytest.mark.parametrize('change,options,says', [
+    (tie, dict(), r"to_logits.weight is the same tensor as token_emb.weight.*weight_tie_embedding='plain'"),
+    (normalise, dict(), r'toqk.parametrizations.weight.original0.*remove_parametrizations first'),
+    (untie, dict(weight_tie=True), r'toqk.weight is a tensor of its own.*torch.save'),
+    (widen, dict(), r'to_logits.weight has shape \(62, 24\), .* \(61, 24\).*torch.save'),
+    (take_away, dict(), 'to_logits.bias is missing.*torch.save')], ids=lambda o: getattr(o, '__name__', None))
+def test_what_could_not_be_read_back_is_not_written(tmp_path, change, options, says):
+    "Refused while the model is still in memory; what was saved before stays"
+    model = new_model(**options)
+    change(model)
+    with pytest.raises(ValueError, match=says) as told: save_pretrained(model, tmp_path/'new')
+    assert not (tmp_path/'new').exists() and '\n' not in str(told.value)
+    save_pretrained(new_model(3), tmp_path)
+    with pytest.raises(ValueError, match=says): save_pretrained(model, tmp_path)
+    same(load_pretrained(tmp_path).norm.weight, new_model(3).norm.weight)
+
+def test_the_remedies_work(tmp_path):
+    "A parametrization that was removed, embeddings that are tied by an argument; and saving draws no random numbers"
+    model,tokens = new_model(),torch.randint(61, (2, 37))
+    normalise(model)
+    nn.utils.parametrize.remove_parametrizations(attention(model).toqk, 'weight')
+    for o in (model, new_model(weight_tie_embedding='plain')):
+        before = torch.get_rng_state()
+        save_pretrained(o, tmp_path)
+        assert torch.equal(torch.get_rng_state(), before)
+        same(load_pretrained(tmp_path)(tokens), o.eval()(tokens))
+
+def test_saving_is_no_slower_for_the_check():
+    "The compiler of PyTorch is not loaded for it"
+    code = 'import sys, tempfile; from reformer_nb import ReformerLM; ReformerLM(11, 16, 2, 32, heads=2, num_mem_kv=2, pkm_layers=(2,), axial_position_emb=True).save_pretrained(tempfile.mkdtemp()); print([o for o in sys.modules if o.startswith(("sympy", "torch._dynamo", "torch._inductor"))])'
+    assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout=='[]\n'

@@ -1,5 +1,6 @@
 "TrainingWrapper and its filters, beside reformer_pytorch where it is installed"
 import pytest, torch
+from reformer_nb.generation import sample
 from reformer_nb.training_wrapper import TrainingWrapper, top_k, top_p
 from reformer_nb.language_model import ReformerLM
 from reformer_nb.recorder import Recorder
@@ -79,3 +80,17 @@ def test_wraps_a_recorder():
     recorder = Recorder(new_model())
     TrainingWrapper(recorder)(tokens)
     assert len(recorder.recordings[0])==2
+
+@pytest.mark.parametrize('dtype', (torch.bfloat16, torch.float32, torch.float64))
+@pytest.mark.parametrize('temperature', (1e-30, 1e-40, 1e-50, 1e-310))
+def test_a_tiny_temperature_takes_the_likeliest(dtype, temperature):
+    "Among equals it draws, as any temperature above 0 does; 1/T may be no float"
+    logits = torch.randn(5, 61, generator=seeded()).to(dtype)
+    assert torch.equal(sample(logits, temperature=temperature), logits.argmax(-1))
+    equals = torch.tensor([[0., 3., 1., 3.]]).to(dtype).expand(64, -1)
+    assert sample(equals, temperature=temperature, generator=seeded()).unique().tolist()==[1, 3]
+    assert sample(equals, temperature=temperature, top_k=1, top_p=.3).unique().tolist()==[1]
+
+def test_a_tiny_temperature_is_greedy_in_generate():
+    model = new_model().float()
+    assert torch.equal(model.generate(tokens, 4, temperature=1e-50), model.generate(tokens, 4, temperature=0))

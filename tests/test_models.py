@@ -296,9 +296,9 @@ def test_copies_of_data_parallel_are_refused_in_training(make):
     "Their weights are no parameters, and they count steps that are lost"
     model = make()
     copies = {o: o._replicate_for_data_parallel() for o in model.modules()}
-    for o,copy in copies.items():
-        for k,child in o._modules.items(): copy._modules[k] = copies.get(child)
-        for k,p in o._parameters.items(): setattr(copy, k, None if p is None else p.clone())
+    for o,twin in copies.items():
+        for k,child in o._modules.items(): twin._modules[k] = copies.get(child)
+        for k,p in o._parameters.items(): setattr(twin, k, None if p is None else p.clone())
     given = tokens if isinstance(model, ReformerLM) else x
     with torch.no_grad(): assert torch.equal(copies[model].eval()(given), model.eval()(given))
     with pytest.raises(RuntimeError, match='DistributedDataParallel'): copies[model].train()(given)

@@ -1,10 +1,15 @@
 "LSHSelfAttention in float64: the whole layer, output and gradients, against explicit matrices of pairs"
+import math
 from itertools import product
 import grids
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from reformer_nb.language_model import ReformerLM
+from reformer_nb.lsh import LSHAttention
 from reformer_nb.oracle import lsh_attention_oracle
+from reformer_nb.reformer import Reformer
 from reformer_nb.self_attention import LSHSelfAttention
 from reformer_nb.shared_qk import join_sequence
 
@@ -280,3 +285,26 @@ def test_no_tokens_at_all(options):
 def test_no_rows_in_pieces(options):
     x = torch.zeros(0, 9, e, dtype=torch.double)
     assert new_layer(attn_chunks=2, **options)(x).shape==x.shape
+
+# ---- values of arguments -------------------------------------------------------------------------------------------
+
+wrong_values = [(name, o) for name,values in dict(scale=(math.nan, math.inf, -math.inf, 'a', None, True, torch.tensor(1.)), key_eps=(math.nan, math.inf, -1., 'a', None, True),
+                                                  norm_eps=(math.nan, math.inf, -1., 'a', None), hash_seed=('a', 1.5, 1., True, torch.tensor(1))).items() for o in values]
+
+@pytest.mark.parametrize('name,value', wrong_values)
+def test_values_are_checked_at_construction(name, value):
+    "Not at the first call, and not by outputs that are NaN"
+    stack = dict(dim=16, depth=1, heads=2, bucket_size=4)
+    makers = [lambda **o: Reformer(**stack, **o), lambda **o: ReformerLM(num_tokens=11, max_seq_len=32, **stack, **o)]
+    if name!='norm_eps': makers.append(new_layer)
+    if name not in ('norm_eps', 'key_eps'): makers.append(LSHAttention)
+    for make in makers:
+        with pytest.raises((TypeError, ValueError), match=f'{name}=.* must be .*; ') as told: make(**{name: value})
+        assert '\n' not in str(told.value)
+
+@pytest.mark.parametrize('seed', (None, 0, -3, np.int64(7), np.uint8(7)))
+def test_values_that_go_on_to_work(seed):
+    x = random(1, 9, e)
+    for options in (dict(scale=0), dict(scale=-.5), dict(scale=np.float32(.5)), dict(scale=2), dict(key_eps=0), dict(key_eps=np.float32(.5)), dict(rotations='fixed')):
+        assert new_layer(hash_seed=seed, full_attn_thres=0, **options)(x).isfinite().all()
+    if seed: assert torch.equal(new_layer(hash_seed=seed, full_attn_thres=0)(x), new_layer(hash_seed=int(seed), full_attn_thres=0)(x))

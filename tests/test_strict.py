@@ -241,3 +241,23 @@ def test_a_call_that_is_refused_leaves_its_state_usable():
         with pytest.raises(ValueError, match='input_attn_mask'): model(tokens, state=state, input_attn_mask=torch.ones(1, 10, 10, dtype=torch.bool))
         got,_ = model(tokens, state=state)
         torch.testing.assert_close(got, model(tokens))
+
+@pytest.mark.parametrize('options', (dict(), dict(local=1, memory=2), dict(use_full_attn=True), dict(twin_attention=True)))
+@pytest.mark.parametrize('grad', (False, True))
+def test_a_state_begun_in_inference_mode_goes_on_outside(options, grad):
+    "And back again: whatever mode a segment is read in"
+    model,text = new_model(**options),tokens_of(2, 60)
+    modes,outs = (torch.inference_mode, partial(torch.set_grad_enabled, grad), torch.inference_mode, partial(torch.set_grad_enabled, grad)),[]
+    with torch.inference_mode(): state = model.init_state(2)
+    for mode,part in zip(modes, text.split(15, 1)):
+        with mode():
+            out,state = model(part, state=state)
+            outs.append(out)
+    torch.testing.assert_close(torch.cat([o.clone() for o in outs], 1), model(text), rtol=0, atol=1e-10)
+    if grad: outs[-1].sum().backward()
+
+def test_a_context_that_was_read_in_inference_mode():
+    model,text,context = new_model(cross_attention=True),tokens_of(2, 30),draw(2, 5, 12)
+    with torch.inference_mode(): first,state = model(text[:,:15], state=model.init_state(2), keys=context)
+    with torch.no_grad(): second,state = model(text[:,15:], state=state, keys=context)
+    torch.testing.assert_close(torch.cat([first.clone(), second], 1), model(text, keys=context), rtol=0, atol=1e-10)

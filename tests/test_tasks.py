@@ -64,6 +64,15 @@ def test_mean_over_nothing_is_zero():
     found = masked_mean(x, torch.tensor([[False]*5, [True]*5]))
     assert not found[0].any()
     torch.testing.assert_close(found[1], x[1].mean(0))
+    assert torch.equal(masked_mean(x[:,:0]), torch.zeros(2, 3))
+
+@pytest.mark.parametrize('kind', ('classes', 'number'))
+def test_a_text_of_no_tokens_is_one_of_padding_alone(kind):
+    model,x = new(kind).eval(),data(kind)
+    want = model(x, torch.zeros(2, n, dtype=torch.bool))
+    assert want.isfinite().all() and torch.equal(model(x[:,:0]), want)
+    assert torch.equal(model(x[:,:0], torch.zeros(2, 0, dtype=torch.bool)), want)
+    assert loss(model, kind, x[:,:0]).isfinite()
 
 # ---- masking -------------------------------------------------------------------------------------------------------
 

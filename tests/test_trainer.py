@@ -348,3 +348,19 @@ def test_full_disk_loses_nothing(tmp_path):
     assert code!=0 and 'step-000000004' in complaint
     assert [p.name for p in (tmp_path/'run'/'checkpoints').iterdir()]==['step-000000002.safetensors']
     read_weights(tmp_path/'run'/'checkpoints'/'step-000000002.safetensors')
+
+# ---- a model that could not be read back ---------------------------------------------------------------------------
+
+def test_a_model_that_could_not_be_saved_is_refused_before_the_first_step(tmp_path):
+    "With a folder to write to; without one the trainer writes nothing"
+    scope = {}
+    exec(common, scope)
+    def tie(model): model.to_logits.weight = model.token_emb.weight
+    def normalise(model): torch.nn.utils.parametrizations.weight_norm(model.reformer.layers.blocks[0][0].fn.toqk)
+    settings = TrainSettings(seq_len=64, batch_size=2, steps=2)
+    for change,says in ((tie, "weight_tie_embedding='plain'"), (normalise, 'remove_parametrizations first')):
+        model = scope['model']()
+        change(model)
+        with pytest.raises(ValueError, match=says): Trainer(model, scope['corpus'](), settings, out=tmp_path/'run', show=False)
+        assert not (tmp_path/'run').exists()
+        assert len(Trainer(model, scope['corpus'](), settings, show=False).fit())==2
