@@ -1,7 +1,7 @@
 """Writing token by token: `python nbs/experiments/decoding.py [part ...] [--quick]`
 
     prefix   milliseconds of processor time for a new token against the length of the text before it, with reformer_pytorch beside
-    stream   a text of a million tokens in segments: peak memory, the state, and what a full cache would take
+    stream   a text of a million tokens in segments: memory that is held, the state, and what a full cache would take
 
 Each part writes results/decoding_<part>.csv; `--quick` takes smaller sizes and writes to out/bench. Parts that measure
 memory read /proc, so they need Linux.
@@ -71,23 +71,23 @@ def prefix(folder, quick):
             append(folder/'decoding_prefix.csv', {**row, **surroundings()})
             print(row, flush=True)
 
-def peak():
-    "Most memory that this process has had, in bytes"
-    return 1024*int(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])
+def memory(field):
+    "MiB that this process holds ('VmRSS'), or has held at most ('VmHWM')"
+    return int(next(l for l in open('/proc/self/status') if l.startswith(field)).split()[1])/1024
 
 def stream(folder, quick):
     "Read a long text with a state of fixed size"
     n,size = (20_000, 2000) if quick else (1_000_000, 4000)
     from reformer_nb import ReformerLM
     model = ReformerLM(256, 128, 2, n, heads=2, dim_head=64, bucket_size=64, n_hashes=2, causal='strict', n_buckets=256).eval()
-    tokens,state,peaks,start = text(n),model.init_state(1),[],time.perf_counter()
+    tokens,state,held,start = text(n),model.init_state(1),[],time.perf_counter()
     with torch.no_grad():
-        for i,part in enumerate(tokens.split(size, 1)):
+        for part in tokens.split(size, 1):
             x,state = model.embed(part, state=state)
-            if i in (n//size//10, n//size-1): peaks.append(peak())
-    cache = 2*2*n*2*64*4   # layers, keys and values, tokens, heads, width, bytes
+            held.append(memory('VmRSS'))
+    cache,tenth = 2*2*n*2*64*4,len(held)//10   # layers, keys and values, tokens, heads, width, bytes
     row = dict(tokens=n, segment=size, seconds=round(time.perf_counter()-start), state_mib=round(state.nbytes/2**20, 1), cache_mib=round(cache/2**20, 1),
-               peak_mib_at_a_tenth=round(peaks[0]/2**20), peak_mib=round(peaks[1]/2**20))
+               held_mib_second_tenth=round(statistics.median(held[tenth:2*tenth])), held_mib_last_tenth=round(statistics.median(held[-tenth:])), peak_mib=round(memory('VmHWM')))
     append(folder/'decoding_stream.csv', {**row, **surroundings()})
     print(row, flush=True)
 
