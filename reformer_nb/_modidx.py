@@ -154,7 +154,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                   'reformer_nb.core.mask_value': ('core.html#mask_value', 'reformer_nb/core.py'),
                                   'reformer_nb.core.pad_to_multiple': ('core.html#pad_to_multiple', 'reformer_nb/core.py'),
                                   'reformer_nb.core.real_positions': ('core.html#real_positions', 'reformer_nb/core.py'),
-                                  'reformer_nb.core.refuse_replica': ('core.html#refuse_replica', 'reformer_nb/core.py'),
                                   'reformer_nb.core.translate_names': ('core.html#translate_names', 'reformer_nb/core.py'),
                                   'reformer_nb.core.upcast': ('core.html#upcast', 'reformer_nb/core.py')},
             'reformer_nb.cross_attention': { 'reformer_nb.cross_attention.CrossAttention': ( 'cross_attention.html#crossattention',

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
-from .core import check_choice, check_int, check_rate, refuse_replica
+from .core import check_choice, check_int, check_rate
 from .hashing import bucket_factors, random_rotations, seeded_generator
 from .buckets import assign_buckets, bucket_count, single_hash_limit, split_count, split_counts
 
@@ -37,8 +37,10 @@ class StepCounter(nn.Module):
         self.step = int(state)
 
     def count(self)->int: # from 1
-        "Count a training forward; refuses when a backward pass repeats one"
-        refuse_replica(self)
+        "Count a training forward; refuses when a backward pass repeats one, and where the count would be lost"
+        if getattr(self, '_is_replica', False):
+            raise RuntimeError('torch.nn.DataParallel copies the model at each step, so what a copy counts is lost and all steps would hash alike; '
+                               'train with torch.nn.parallel.DistributedDataParallel, as torchrun and the Trainer do')
         if torch._C._current_graph_task_id() != -1:   # inside a backward pass
             raise RuntimeError(
                 "a layer with fresh rotations or drop_for_hash_rate was called again during a backward pass "

@@ -131,12 +131,16 @@ def read_pairs(
     tokens:Tensor, # (b, n) int64
     real:Tensor|None=None, # (b, n) bool, True where a real token stands; None means everywhere
     input_attn_mask:Tensor|None=None, # (b, n, n) bool, True where position i may look at position j
-    **context:object, # more of what `embed` takes; None is left out
+    *,
+    keys:Tensor|None=None, # (b, c, e) context
+    context_mask:Tensor|None=None, # (b, c) True or 1 where the context has a real token
+    state:object=None, # from `init_state`, or behind an earlier segment
 )->tuple: # what `embed` makes of each token (b, n-1, e), with `state` that and a state; the tokens after them, and which of these are real, both (b, n-1)
     "Vectors that bet, and on what; with `count_padding` every token is read where it stands"
     def embed(tokens, real, allowed):
-        return model.embed(tokens, real, **{k: o for k,o in dict(context, input_attn_mask=allowed).items() if o is not None})
-    if model.config.get('count_padding') and context.get('state') is None:
+        more = dict(keys=keys, context_mask=context_mask, input_attn_mask=allowed, state=state)
+        return model.embed(tokens, real, **{k: o for k,o in more.items() if o is not None})
+    if model.config.get('count_padding') and state is None:
         return embed(tokens, real, input_attn_mask)[:,:-1],tokens[:,1:],None if real is None else real[:,:-1] & real[:,1:]
     seen,targets,real,allowed = shift(tokens, real, input_attn_mask)
     return embed(seen, real, allowed),targets,real

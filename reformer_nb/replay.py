@@ -143,7 +143,7 @@ def check_leaves(
         todo += [o for o,_ in node.next_functions]
         if node.name()!='torch::autograd::AccumulateGrad': continue
         raise RuntimeError(f'{name} uses a tensor {tuple(node.variable.shape)} that requires a gradient and would get '
-                           'none; make it a parameter, pass it as an argument, or detach it')
+                           'none; make it a parameter, pass it as an argument, or detach it (copies made by torch.nn.DataParallel have no parameters: use DistributedDataParallel)')
 
 # %% ../nbs/06b_replay.ipynb #needs-grad
 def needs_grad(

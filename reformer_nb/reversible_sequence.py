@@ -8,7 +8,7 @@ __all__ = ['route', 'choose_blocks', 'check_blocks', 'check_streams', 'Reversibl
 # %% ../nbs/08b_reversible_sequence.ipynb #imports
 import torch
 from torch import Tensor, nn
-from .core import check_int, check_rate, refuse_replica
+from .core import check_int, check_rate
 from .replay import check_arguments
 from .reversible import Call, run_stack
 
@@ -95,7 +95,6 @@ class ReversibleSequence(nn.Module):
     )->tuple: # y1 and y2, both (b, n, e)
         "Run the stack on two streams"
         check_streams(x1, x2)
-        if self.training: refuse_replica(self)
         blocks = [(i, *pair) for i,pair in enumerate(self.blocks)]
         if self.training and self.layer_dropout: blocks = choose_blocks(blocks, self.layer_dropout)
         given = f_args or {},g_args or {}

@@ -33,4 +33,5 @@ def test_a_deep_stack_holds_little_more_than_a_shallow_one():
 @linux
 def test_a_large_vocabulary_holds_its_gradients_and_a_block():
     gradients = 2*2*65536*128*4/2**20   # of embeddings and logits, once as they are added and once as they stay
-    assert peak(vocabulary=65536, n=2048) < peak(n=2048) + gradients + 200
+    limit = peak(n=2048) + gradients + 100
+    assert any(peak(vocabulary=65536, n=2048)<limit for _ in range(6))   # an allocator's holes differ from run to run; logits would be 512 each time

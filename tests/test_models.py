@@ -291,14 +291,28 @@ def test_a_tied_table_to_the_second_derivative():
     plain = F.cross_entropy(model.eval()(tokens)[0,:-1], tokens[0,1:])
     for a,b in zip(second(model.loss(tokens)), second(plain)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
-@pytest.mark.parametrize('make', (lambda: language(), lambda: stack(), lambda: LSHSelfAttention(e, 3, 4).double()), ids=('language model', 'stack', 'layer'))
-def test_copies_of_data_parallel_are_refused_in_training(make):
-    "Their weights are no parameters, and they count steps that are lost"
-    model = make()
+def data_parallel_copy(model):
+    "What torch.nn.DataParallel makes of a model for one device: its weights are no parameters"
     copies = {o: o._replicate_for_data_parallel() for o in model.modules()}
     for o,twin in copies.items():
         for k,child in o._modules.items(): twin._modules[k] = copies.get(child)
         for k,p in o._parameters.items(): setattr(twin, k, None if p is None else p.clone())
+    return copies[model]
+
+@pytest.mark.parametrize('make', (lambda: language(), lambda: stack(), lambda: LSHSelfAttention(e, 3, 4).double()), ids=('language model', 'stack', 'layer'))
+def test_a_copy_of_data_parallel_evaluates_but_does_not_count(make):
+    model = make()
     given = tokens if isinstance(model, ReformerLM) else x
-    with torch.no_grad(): assert torch.equal(copies[model].eval()(given), model.eval()(given))
-    with pytest.raises(RuntimeError, match='DistributedDataParallel'): copies[model].train()(given)
+    with torch.no_grad(): assert torch.equal(data_parallel_copy(model.eval())(given), model(given))
+    with pytest.raises(RuntimeError, match='all steps would hash alike; .*DistributedDataParallel'): data_parallel_copy(model.train())(given)
+
+@pytest.mark.parametrize('options', (dict(), dict(reverse_thres=100, ff_chunks=3)), ids=('reversible', 'in pieces'))
+def test_a_copy_of_data_parallel_that_counts_nothing(options):
+    "Gradients where autograd knows the weights, and an error that names the remedy where it does not"
+    model = language(rotations='fixed', **options)
+    with pytest.raises(RuntimeError, match='would get none; .*use DistributedDataParallel'): data_parallel_copy(model)(tokens).square().mean().backward()
+    model.zero_grad()
+    plain = language(rotations='fixed', reverse_thres=100)
+    wanted = torch.autograd.grad(plain(tokens).square().mean(), [*plain.parameters()])
+    data_parallel_copy(plain)(tokens).square().mean().backward()
+    for p,grad in zip(plain.parameters(), wanted): near(p.grad, grad)
