@@ -93,9 +93,8 @@ def measure(
     "Run each case in a process of its own"
     if not hasattr(os, 'fork'): raise OSError('the planner measures in forked processes, which this system does not have; use Linux or macOS')
     cmd = [sys.executable, '-c', 'from reformer_nb.planner import fork_cases; fork_cases()']
-    path = os.pathsep.join(o for o in sys.path if o)
     given = pickle.dumps([threads or torch.get_num_threads(), cases, limits or [None]*len(cases)])
-    got = subprocess.run(cmd, input=given, capture_output=True, env={**os.environ, 'PYTHONPATH': path})
+    got = subprocess.run(cmd, input=given, capture_output=True, env={**os.environ, 'PYTHONPATH': os.pathsep.join(o for o in sys.path if o)})
     if got.returncode: raise ChildProcessError(f'the process that measures has failed: {got.stderr.decode().strip()[-500:]}')
     results = [json.loads(o) for o in got.stdout.splitlines()]
     for case,o in zip(cases, results):
@@ -252,11 +251,10 @@ def make_plan(
     base = min(total-kept, extend(sizes, work, (depth, 0, 0)))
     parts = dict(weights=kept//4 if training else kept) | (dict(gradients=kept//4, optimizer=kept//2) if training else {})
     parts |= {'process': base, 'work on tokens': total-kept-base}
-    seq_len,batch_size = size
-    return Plan(seq_len, batch_size, changes, max(took, *(t for t,_ in found)), total, parts,
+    return Plan(*size, changes, max(took, *(t for t,_ in found)), total, parts,
                 None if budget is None else longest_row(peak, budget, size[0]), budget)
 
-# %% ../nbs/15b_planner.ipynb #plan-code
+# %% ../nbs/15b_planner.ipynb #alternatives
 def alternatives(
     config:Mapping, # arguments of a ReformerLM
     seq_len:int, # tokens in a row
@@ -265,6 +263,7 @@ def alternatives(
     chunks = dict(ff_chunks=8) if config.get('ff_chunks', 1)<8 else dict(ff_chunks=1)
     return [chunks, dict(use_full_attn=not attends_fully(config, seq_len))]
 
+# %% ../nbs/15b_planner.ipynb #plan-code
 def plan(
     model:ReformerLM|Mapping, # a language model, or the arguments of one
     seq_len:int, # tokens in a row
@@ -282,6 +281,8 @@ def plan(
     if missing := [k for k in ('num_tokens', 'dim', 'depth') if k not in config]:
         raise ValueError(f'model lacks {", ".join(missing)}; give a ReformerLM, or the keyword arguments of one')
     if budget is not None and not budget>0: raise ValueError(f'budget={budget} must be above 0, in GiB; pass for example budget=8')
+    if getattr(act := config.get('ff_activation'), '__module__', '')=='__main__' or '<locals>' in getattr(act, '__qualname__', ''):
+        raise ValueError(f'ff_activation={act!r} cannot be imported by the processes that measure; put the class into a module of its own')
     config['max_seq_len'] = max(config.get('max_seq_len', 0), seq_len)
     count_weights(config)   # refuses what makes no model, before anything is measured
     changed = [{}, *(alternatives(config, seq_len) if compare else [])]

@@ -72,6 +72,10 @@ def test_plans_a_model(options):
     model = ReformerLM(**{**small, **options})
     assert plan(model, 33, compare=False, threads=1).peak==pytest.approx(plan({**small, **options}, 33, compare=False, threads=1).peak, rel=.1)
 
+def test_an_activation_that_no_other_process_can_import_is_refused():
+    class Mine(torch.nn.ReLU): pass
+    with pytest.raises(ValueError, match='ff_activation=.*Mine.* put the class into a module of its own'): plan({**small, 'ff_activation': Mine}, 33, compare=False)
+
 def test_longest_row():
     for budget in (100, 200, 500):
         n = longest_row(lambda n: 50+n, budget, 64)
