@@ -238,7 +238,7 @@ def make_plan(
     "Continue the line through the probes"
     depth,kept = config['depth'],kept_bytes(config, training)
     counted = [(o, p - kept_bytes(dict(config, depth=o[0]), training)) for o,(_,p) in zip(probes, found)]
-    if not training: counted = [o for o in counted if o[0][0]==probes[-1][0]]   # without gradients, a layer leaves nothing behind for the next
+    if not (training and size[0]<=config.get('reverse_thres', 0)): counted = [o for o in counted if o[0][0]==probes[-1][0]]   # layers leave nothing behind
     if not holds_pairs(config, size[0]): counted = [o for o in counted if 4*o[0][1]>probes[-1][1]]   # a line: the shortest of three lengths is left out
     sizes,needs = map(list, zip(*counted))
     work = fit(sizes, needs)
@@ -251,7 +251,7 @@ def make_plan(
     base = min(total-kept, extend(sizes, work, (depth, 0, 0)))
     parts = dict(weights=kept//4 if training else kept) | (dict(gradients=kept//4, optimizer=kept//2) if training else {})
     parts |= {'process': base, 'work on tokens': total-kept-base}
-    return Plan(*size, changes, max(took, *(t for t,_ in found)), total, parts,
+    return Plan(size[0], size[1], changes, max(took, *(t for t,_ in found)), total, parts,
                 None if budget is None else longest_row(peak, budget, size[0]), budget)
 
 # %% ../nbs/15b_planner.ipynb #alternatives
