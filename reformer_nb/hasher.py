@@ -234,6 +234,7 @@ class BucketHasher(BucketCounts):
         layer:int=0, # index of the layer that calls
     )->Tensor: # (b, h, r, n) bucket ids
         "Bucket ids of `vecs`; padding has the id after the last"
+        if torch.jit.is_tracing(): raise TypeError('torch.jit.trace would keep the buckets of this one length, and rotations of this call; use torch.export.export, or torch.onnx.export with dynamo=True')
         counts = factors = self.factors(vecs.shape[2])
         draw = draw_uncompiled if torch.compiler.is_compiling() else draw_hash
         rotations,vecs = draw(self, vecs, factors, n_hashes=self.n_hashes//self.n_best, layer=layer)

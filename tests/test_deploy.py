@@ -1,4 +1,5 @@
 "Models in other forms: torch.export, ONNX, torch.compile"
+import warnings
 import pytest
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,13 @@ def test_onnx(name, tmp_path):
     session = ort.InferenceSession(tmp_path/'model.onnx', providers=['CPUExecutionProvider'])
     got, = session.run(None, {i.name: o.numpy() for i,o in zip(session.get_inputs(), inputs)})
     torch.testing.assert_close(torch.from_numpy(got), model(*inputs), rtol=0, atol=1e-4)
+
+def test_a_trace_is_refused():
+    "A trace would keep the sizes of its example"
+    model,inputs = make('language model')
+    with warnings.catch_warnings(), pytest.raises(TypeError, match='torch.export.export'):
+        warnings.simplefilter('ignore')   # torch's own, of deprecation and of values that become constants
+        torch.jit.trace(model, inputs)
 
 def losses(model, step, n_steps=3):
     optimizer,found = torch.optim.SGD(model.parameters(), .1),[]
