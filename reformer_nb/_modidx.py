@@ -769,6 +769,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                     'reformer_nb.replay.drift': ('replay.html#drift', 'reformer_nb/replay.py'),
                                     'reformer_nb.replay.named_weights': ('replay.html#named_weights', 'reformer_nb/replay.py'),
                                     'reformer_nb.replay.needs_grad': ('replay.html#needs_grad', 'reformer_nb/replay.py'),
+                                    'reformer_nb.replay.one_at_a_time': ('replay.html#one_at_a_time', 'reformer_nb/replay.py'),
                                     'reformer_nb.replay.replay_autocast': ('replay.html#replay_autocast', 'reformer_nb/replay.py'),
                                     'reformer_nb.replay.replay_modes': ('replay.html#replay_modes', 'reformer_nb/replay.py'),
                                     'reformer_nb.replay.replay_rng': ('replay.html#replay_rng', 'reformer_nb/replay.py'),

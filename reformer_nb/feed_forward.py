@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from .core import check_int, check_rate, upcast
-from .replay import Circumstances, check_leaves, named_weights, watch_buffers
+from .replay import Circumstances, check_leaves, named_weights, one_at_a_time, watch_buffers
 
 # %% ../nbs/07_feed_forward.ipynb #new-activation
 def new_activation(
@@ -135,11 +135,12 @@ class ChunkFunction(torch.autograd.Function):
         "Compute and differentiate one piece after the other"
         chunk,saved,wants = ctx.chunk,ctx.saved_tensors,(ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         graph = dict(create_graph=torch.is_grad_enabled())
-        with torch.enable_grad(), ctx.then.replay():
-            x,*weights = [o.view_as(o) if want else o.detach() for o,want in zip(saved, wants)]
+        with torch.enable_grad(), one_at_a_time(), ctx.then.replay():
+            x,*weights = [o.view_as(o) if want and o.requires_grad else o.detach().requires_grad_(want)   # frozen since: a leaf of its own
+                          for o,want in zip(saved, wants)]
             buffers = [o.clone() for o in saved[len(wants):]]   # which the pieces may change
             tensors = dict(zip(ctx.names, [*weights, *buffers]))
-            args = *(o.chunk(chunk.pieces(x), dim=chunk.dim) for o in (x, dy)),[o for o in weights if o.requires_grad]
+            args = *(o.chunk(chunk.pieces(x), dim=chunk.dim) for o in (x, dy)),[o for o,want in zip(weights, wants[1:]) if want]
             dx,dw = functional_call(PieceGrads(chunk.fn), tensors, args, graph)
         dx,dw = torch.cat(dx, dim=chunk.dim) if dx else None,iter(dw)
         return dx,None,None,*(next(dw) if want else None for want in wants[1:])
@@ -173,7 +174,7 @@ class Chunk(nn.Module):
         "The same result as `fn(x)`, with hidden layers for one piece at a time, in the backward pass too"
         pieces = self.pieces(x)
         if pieces==1: return self.fn(x)
-        weights = list(named_weights(self).values())
+        with one_at_a_time(): weights = list(named_weights(self).values())
         wanted = torch.is_grad_enabled() and any(o.requires_grad for o in (x, *weights))
         if not wanted or torch.compiler.is_compiling():
             return in_pieces(self.fn, x, pieces, self.dim)

@@ -146,10 +146,10 @@ def hash_factors(
     *,
     split:bool=True, # whether many buckets become two digits
     split_above:int|None=None, # with 'power': more buckets become two digits; None means never
-    n_best:int=1, # buckets of one hash that a vector is put into; more than 1 are never split
+    n_best:int=1, # buckets of one hash that a vector is put into; more than 1 are never split, and a text has no fewer
 )->tuple: # even numbers, the lowest digit first
     "The bucket counts of the digits for `n` tokens"
-    count = bucket_count(n, bucket_size)
+    count = max(bucket_count(n, bucket_size), n_best + n_best%2)
     factors = split_count(count) if split and n_best==1 else (count,)
     if n_buckets=='power': factors = power_of_two(n, bucket_size, split_above)
     elif n_buckets is not None: factors = bucket_factors(n_buckets)

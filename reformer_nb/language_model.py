@@ -150,8 +150,9 @@ class TokenModel(TokenVectors):
     def head(self)->tuple: # (v, e) table of the logits, and their bias (v) or None
         "What makes logits of `embed`'s vectors, as tensors"
         if (last := self.to_logits) is not None:
-            if type(last) is nn.Linear: return last.weight,last.bias
-            raise TypeError(f'to_logits is a {type(last).__name__}, whose table is not known; give next_token_loss the logits of model(tokens)')
+            hooks = last._forward_pre_hooks or last._forward_hooks   # which may make the table, or change the logits
+            if type(last) is nn.Linear and not hooks: return last.weight,last.bias
+            raise TypeError(f'to_logits {"has hooks" if hooks else f"is a {type(last).__name__}"}, so its table is not known; give next_token_loss the logits of model(tokens)')
         table = self.token_emb.weight
         return (table if self.config['weight_tie_embedding']=='plain' else F.normalize(table, dim=-1)),None
 

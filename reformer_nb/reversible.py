@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from .core import upcast
 from .replay import (Circumstances, check_drift, check_leaves, check_output, check_state, coarsest, drift, named_weights,
-                                rng_state, same_rng_state, sample, save_nothing, watch_buffers)
+                                one_at_a_time, rng_state, same_rng_state, sample, save_nothing, watch_buffers)
 
 # %% ../nbs/08_reversible.ipynb #add-exactly
 def add_exactly(
@@ -108,7 +108,7 @@ class Call:
         self.branches = [Branch(fn, layer, role) for layer,*fns in blocks for role,fn in zip('FG', fns)]   # in turn
         self.constants = [{k: v for k,v in o.items() if not isinstance(v, Tensor)} for o in (f_args,g_args)]
         self.tensors = [(to, k) for to,o in enumerate((f_args,g_args)) for k,v in o.items() if isinstance(v, Tensor)]
-        self.named = [named_weights(o) for o in self.branches]   # weights by name
+        with one_at_a_time(): self.named = [named_weights(o) for o in self.branches]   # weights by name
         place = {o: i for i,o in enumerate(self.weights(), start=len(self.tensors))}
         self.places = [{k: place[o] for k,o in named.items()} for named in self.named]   # of weights
         self.device,self.dtype,self.send_signal = x.device,x.dtype,send_signal
@@ -142,7 +142,7 @@ def run_branch(
     branch,again = call.branches[k],replace is not None
     args = x.to(call.dtype),call.args(k, inputs, again=again),state
     if not again: replace = {name: whole(o) for name,o in call.named[k].items() if hasattr(o, 'full_tensor')}
-    out,state = functional_call(branch, replace, args) if replace else branch(*args)
+    with one_at_a_time(): out,state = functional_call(branch, replace, args) if replace else branch(*args)
     check_output(out, x, branch.name)
     return out,state
 

@@ -91,7 +91,7 @@ def attend_all(
     key_mask = (torch.arange(mask.shape[1], device=mask.device)>=text).expand_as(mask) if layer.context_only else None
     common = dict(query_len=asked, causal=True, mask=mask, key_mask=key_mask, scale=o['scale'], dropout=layer.dropout if layer.training else 0.)
     if local: return local_attention(x, y, window=2*o['bucket_size'], **common)[:,:,asked-n:]
-    return full_attention(x, y, **common)   # type: ignore[return-value]
+    return full_attention(x, y, key_eps=o['key_eps'], **common)   # type: ignore[return-value]
 
 # %% ../nbs/06d_segments.ipynb #stored
 def stored(

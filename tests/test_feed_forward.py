@@ -218,3 +218,16 @@ def test_memory_beside_its_package(options):
     ours.load_state_dict(theirs.state_dict())
     weights = dict(theirs.named_parameters())
     for a,b in zip(gradients(ours, x, ours.parameters()), gradients(theirs, x, [weights[k] for k,_ in ours.named_parameters()])): same(a, b, 1e-12)
+
+@pytest.mark.parametrize('frozen', ('w1.weight', 'w2.bias', None))
+def test_weights_frozen_before_the_backward_pass(frozen):
+    "Gradients are those that the forward pass promised"
+    def grads(make):
+        fn,x = layer(),data(2, 13, 6).requires_grad_()
+        params = dict(fn.named_parameters())
+        assert frozen is None or frozen in params, [*params]
+        out = make(fn)(x).square().sum()
+        for k,p in params.items(): p.requires_grad_(k!=frozen and frozen is not None)
+        out.backward()
+        return x.grad
+    same(grads(lambda fn: Chunk(3, fn)), grads(lambda fn: fn), 1e-13)

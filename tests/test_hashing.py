@@ -186,3 +186,10 @@ def test_limits_of_power_are_checked():
     for wrong,error in ((1, ValueError), (-3, ValueError), (2.5, TypeError), ('a', TypeError)):
         with pytest.raises(error, match='split_above'): BucketHasher(4, 4, n_buckets='power', split_above=wrong)
     with pytest.raises(ValueError, match='rehash_each_round=True'): BucketHasher(4, 4, n_buckets='power', rehash_each_round=False)
+
+def test_best_buckets_of_a_short_text():
+    "A text alone has no fewer buckets than rounds, as in a batch with longer ones"
+    hasher = BucketHasher(4, 8, rehash_each_round=False).eval()
+    vecs = torch.randn(2, 1, 40, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mask = torch.arange(40) < torch.tensor([[40], [9]])
+    assert torch.equal(hasher(vecs[1:,:,:9]), hasher(vecs, mask)[1:,:,:,:9])

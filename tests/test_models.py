@@ -13,6 +13,7 @@ from reformer_nb.next_token import loss_in_blocks, next_token_loss
 from reformer_nb.reformer import Autopadder, Reformer
 from reformer_nb.self_attention import LSHSelfAttention
 from torch import nn
+from torch.nn.utils import prune
 
 b,n,c,e,v = 2,37,19,24,61
 
@@ -316,3 +317,9 @@ def test_a_copy_of_data_parallel_that_counts_nothing(options):
     wanted = torch.autograd.grad(plain(tokens).square().mean(), [*plain.parameters()])
     data_parallel_copy(plain)(tokens).square().mean().backward()
     for p,grad in zip(plain.parameters(), wanted): near(p.grad, grad)
+
+@pytest.mark.parametrize('change', (lambda o: prune.l1_unstructured(o, 'weight', .5), lambda o: o.register_forward_hook(lambda *_: None)))
+def test_hooks_of_the_logits_are_not_passed_over(change):
+    model = ReformerLM(20, 16, 1, 32, heads=2, dim_head=8, causal=True, use_full_attn=True)
+    change(model.to_logits)
+    with pytest.raises(TypeError, match=r'to_logits has hooks.*next_token_loss'): model.loss(torch.zeros(1, 9, dtype=torch.int64))

@@ -1,5 +1,6 @@
 "Layers of every kind in a reversible stack: gradients equal those of the plain stack in float64, or an error says why not"
 import copy
+from concurrent.futures import ThreadPoolExecutor
 import itertools
 import random
 import numpy as np
@@ -426,3 +427,18 @@ def test_sparse_gradients_stay_sparse():
     stack.reverse_thres = 6
     stack(torch.randn(1, 6, 8, generator=torch.Generator().manual_seed(0))).square().sum().backward()
     torch.testing.assert_close(found.to_dense(), g.table.weight.grad.to_dense())
+
+@pytest.mark.parametrize('options', (dict(), dict(ff_chunks=2), dict(reverse_thres=n*4, ff_chunks=2)), ids=str)
+def test_two_threads_train_one_model(options):
+    "Each replaces weights for a while in the backward pass"
+    torch.manual_seed(0)
+    model = Reformer(16, 2, heads=2, bucket_size=4, n_hashes=2, rotations='fixed', **options).double().eval()
+    texts,params = torch.randn(4, 1, 4*n, 16, dtype=torch.double),dict(model.named_parameters())
+    def learn(text): model(text).square().sum().backward()
+    for o in texts: learn(o)
+    wanted = {k: p.grad.clone() for k,p in params.items()}
+    for _ in range(5):
+        for p in params.values(): p.grad = None
+        with ThreadPoolExecutor(4) as pool: list(pool.map(learn, texts))
+        assert all(dict(model.named_parameters())[k] is p for k,p in params.items())
+        for k,p in params.items(): torch.testing.assert_close(p.grad, wanted[k], rtol=0, atol=1e-9)

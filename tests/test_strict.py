@@ -261,3 +261,9 @@ def test_a_context_that_was_read_in_inference_mode():
     with torch.inference_mode(): first,state = model(text[:,:15], state=model.init_state(2), keys=context)
     with torch.no_grad(): second,state = model(text[:,15:], state=state, keys=context)
     torch.testing.assert_close(torch.cat([first.clone(), second], 1), model(text, keys=context), rtol=0, atol=1e-10)
+
+def test_a_key_eps_with_a_state():
+    torch.manual_seed(0)
+    model = ReformerLM(20, 32, 2, 64, heads=2, dim_head=16, causal=True, use_full_attn=True, key_eps=1.).eval()
+    tokens = torch.randint(20, (2, 20))
+    with torch.no_grad(): torch.testing.assert_close(model(tokens, state=model.init_state(2))[0], model(tokens), rtol=0, atol=1e-5)
