@@ -1061,6 +1061,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'reformer_nb.state.new_rings': ('state.html#new_rings', 'reformer_nb/state.py'),
                                    'reformer_nb.state.numbers_in_bucket': ('state.html#numbers_in_bucket', 'reformer_nb/state.py'),
                                    'reformer_nb.state.recent_text': ('state.html#recent_text', 'reformer_nb/state.py'),
+                                   'reformer_nb.state.shapes_of': ('state.html#shapes_of', 'reformer_nb/state.py'),
                                    'reformer_nb.state.take_slots': ('state.html#take_slots', 'reformer_nb/state.py')},
             'reformer_nb.strict': { 'reformer_nb.strict.attend_outside': ('strict.html#attend_outside', 'reformer_nb/strict.py'),
                                     'reformer_nb.strict.attend_text': ('strict.html#attend_text', 'reformer_nb/strict.py'),

@@ -90,6 +90,7 @@ class StreamStack(nn.Module):
         state:TextState, # of the text before it
         args:dict, # keyword arguments of F
         g_args:dict, # keyword arguments of G
+        context:tuple, # keys and context_mask, as they were given
     )->tuple: # (b, n, e) or (b, n, 2e), and the state behind `x`
         "Run the stack on a segment of a text"
         calls = state.calls()
@@ -98,7 +99,7 @@ class StreamStack(nn.Module):
         except (TypeError, ValueError):
             state.whole |= not any(o.new for o in calls)   # refused before a layer took anything in
             raise
-        return y,state.after(calls, state.count.new_full((len(x),), x.shape[1]) if input_mask is None else input_mask.sum(-1))
+        return y,state.after(calls, state.count.new_full((len(x),), x.shape[1]) if input_mask is None else input_mask.sum(-1), context)
 
     def init_state(self,
         batch_size:int=1, # rows b
@@ -123,7 +124,8 @@ class TwoStreams(StreamStack):
         "Run both streams from the same input; what stands in padded places changes no real output"
         check_input(x, self.dim, self.max_seq_len)
         check_context(keys, context_mask, len(x), self.context_dim)
-        if state is not None: state.check(x, (keys, context_mask))
+        context = keys,context_mask
+        if state is not None: state.check(x, context)
         if not x.shape[1]: return x.new_empty(len(x), 0, self.out_dim) if state is None else (x.new_empty(len(x), 0, self.out_dim), state)
         x,input_mask = hide_padding(x, input_mask)
         n = x.shape[1]
@@ -133,7 +135,7 @@ class TwoStreams(StreamStack):
         args = {k: o for k,o in args.items() if o is not None}
         g_args = {k: args[k] for k in self.g_takes if k in args}
         if state is None: return join_streams(self.layers.streams(x, x, args, g_args), self.combine)[:,:n]
-        return self.go_on(x, input_mask, state, args, g_args)
+        return self.go_on(x, input_mask, state, args, g_args, context)
 
 # %% ../nbs/10_reformer.ipynb #pretrained
 class Pretrained:
