@@ -1050,6 +1050,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                    'reformer_nb.state.TextState.__init__': ('state.html#textstate.__init__', 'reformer_nb/state.py'),
                                    'reformer_nb.state.TextState.__repr__': ('state.html#textstate.__repr__', 'reformer_nb/state.py'),
                                    'reformer_nb.state.TextState.after': ('state.html#textstate.after', 'reformer_nb/state.py'),
+                                   'reformer_nb.state.TextState.behind': ('state.html#textstate.behind', 'reformer_nb/state.py'),
                                    'reformer_nb.state.TextState.calls': ('state.html#textstate.calls', 'reformer_nb/state.py'),
                                    'reformer_nb.state.TextState.check': ('state.html#textstate.check', 'reformer_nb/state.py'),
                                    'reformer_nb.state.attend_rings': ('state.html#attend_rings', 'reformer_nb/state.py'),

@@ -207,16 +207,28 @@ class TextState(LayerMemory):
     def check(self,
         x:Tensor, # (b, n, ...) the segment
         context:tuple, # keys and context_mask, as they were given
+        real:Tensor|None=None, # (b, n) bool, True where a real token stands; None means everywhere
+        longest:int|None=None, # longest text allowed; None allows any
     )->None:
-        "Refuse another batch, what a failed call has left, and another context: of another shape, or without gradients, where it is projected once, other tensors"
+        """Refuse another batch, what a failed call has left, a text that becomes too long, and another context: of another shape,
+        or without gradients, where it is projected once, other tensors"""
         if len(x)!=len(self.count): raise ValueError(f'the segment has {len(x)} rows, the state {len(self.count)}; make one by init_state({len(x)})')
         if not self.whole:
             raise ValueError('a call with this state has failed, and only some of the layers remember its segment; go on with a clone() made before, '
                              'or begin anew with init_state')
+        if longest is not None and (n := int(self.behind(x, real).max()))>longest:
+            raise ValueError(f'{n} tokens are more than max_seq_len={longest}; shorten the text, or build the model with a larger max_seq_len')
         here,known = shapes_of(context),None if torch.is_grad_enabled() else self.context
         if self.shapes not in (None, here) or known and any(a is not b for a,b in zip(known, context)):
             raise ValueError(f'keys and context_mask belong to the whole text, where they have shapes {self.shapes}, here {here}; pass the very tensors '
                              'of its first segment (with gradients: tensors of their shapes), or begin anew with init_state')
+
+    def behind(self,
+        x:Tensor, # (b, n, ...) a segment
+        real:Tensor|None=None, # (b, n) bool, True where a real token stands; None means everywhere
+    )->Tensor: # (b)
+        "How many tokens each row has had behind a segment"
+        return self.count.to(x.device) + (x.shape[1] if real is None else real.sum(-1))
 
     def calls(self)->tuple: # of two SegmentCall, for F and for G
         "What a stack is given to go on"
@@ -226,12 +238,12 @@ class TextState(LayerMemory):
 
     def after(self,
         calls:tuple, # from `calls`, used by a stack
-        lengths:Tensor, # (b) real tokens of the segment
+        count:Tensor, # (b) tokens of each row, from `behind`
         context:tuple=(None, None), # keys and context_mask, as they were given
     )->'TextState': # this one, or with gradients another
         "The state behind a segment"
         new = copy.copy(self) if torch.is_grad_enabled() else self
-        new.count,new.whole,new.shapes = self.count.to(lengths.device) + lengths,True,shapes_of(context)
+        new.count,new.whole,new.shapes = count,True,shapes_of(context)
         if new is self: self.context = context
         new.layers = tuple({**call.old, **call.new} for call in calls)
         return new
