@@ -17,7 +17,7 @@ from .hasher import BucketHasher
 from .head_attention import attend_by_length, full_attn_limit, in_pieces, local_attention, weights_by_length
 from .lsh import backends, check_key_eps, check_strict, choose_fused, keys_across
 from .rounds import check_look_around, offset_buckets
-from .shared_qk import SharedQKHeads, check_width, hide_keys, join_masks, join_sequence
+from .shared_qk import SharedQKHeads, check_width, hide_keys, join_masks, join_sequence, refuse_padding
 
 # %% ../nbs/06_self_attention.ipynb #check-attention
 def check_attention(
@@ -168,6 +168,7 @@ class StatefulSelfAttention(LocalHeads):
     )->tuple: # output (b, n, e), and the buckets, or None if no row was hashed
         "`forward` that also returns the buckets, or reuses them"
         if past is not None:
+            if self.count_padding: refuse_padding(input_mask)
             if input_attn_mask is not None: raise ValueError('input_attn_mask and a state exclude each other, since earlier keys have no column in it; leave one of them out')
             if self.callback is not None and not in_backward():
                 raise ValueError('a text that is read in segments cannot be recorded, since weights of earlier keys are not there; '
