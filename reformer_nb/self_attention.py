@@ -17,7 +17,7 @@ from .hasher import BucketHasher
 from .head_attention import attend_by_length, full_attn_limit, in_pieces, local_attention, weights_by_length
 from .lsh import backends, check_key_eps, check_strict, choose_fused, keys_across
 from .rounds import check_look_around, offset_buckets
-from .shared_qk import SharedQKHeads, check_width, hide_keys, join_masks, join_sequence, refuse_padding
+from .shared_qk import SharedQKHeads, check_width, hide_keys, hide_padding, join_masks, join_sequence, refuse_padding
 
 # %% ../nbs/06_self_attention.ipynb #check-attention
 def check_attention(
@@ -178,6 +178,8 @@ class StatefulSelfAttention(LocalHeads):
         n,k,first = x.shape[1],self.n_local_attn_heads,buckets is None
         check_width('x', x, self.toqk.in_features)
         if not n: return x,None
+        x,input_mask = hide_padding(x, input_mask)
+        if keys is not None: keys,context_mask = hide_padding(keys, context_mask, 'context_mask')
         qk,v = self.split_heads(join_sequence(x, self.mem_kv, keys))
         masks = join_masks(x, qk.shape[2]-n-(0 if keys is None else keys.shape[1]), keys, input_mask=input_mask, context_mask=context_mask,
                            input_attn_mask=input_attn_mask, context_only=self.context_only)
