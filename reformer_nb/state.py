@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['new_rings', 'numbers_in_bucket', 'fill_rings', 'last_places', 'take_slots', 'count_over_rounds', 'attend_rings',
-           'recent_text', 'begin_text', 'SegmentCall', 'LayerMemory', 'shapes_of', 'TextState', 'begin_stack']
+           'recent_text', 'begin_text', 'SegmentCall', 'LayerMemory', 'shapes_of', 'TextMemory', 'TextState',
+           'begin_stack']
 
 # %% ../nbs/06c_state.ipynb #imports
 import copy, math
@@ -191,9 +192,9 @@ def shapes_of(
     "The shape of each"
     return [None if o is None else tuple(o.shape) for o in context]
 
-# %% ../nbs/06c_state.ipynb #text-state
-class TextState(LayerMemory):
-    "What a model remembers of the texts of a batch"
+# %% ../nbs/06c_state.ipynb #text-memory
+class TextMemory(LayerMemory):
+    "What a stack remembers of the texts of a batch: of each row its length, of all of them their context"
     def __init__(self,
         batch_size:int, # rows b
     ):
@@ -230,6 +231,9 @@ class TextState(LayerMemory):
         "How many tokens each row has had behind a segment"
         return self.count.to(x.device) + (x.shape[1] if real is None else real.sum(-1))
 
+# %% ../nbs/06c_state.ipynb #text-state
+class TextState(TextMemory):
+    "What a model remembers of the texts of a batch"
     def calls(self)->tuple: # of two SegmentCall, for F and for G
         "What a stack is given to go on"
         if not torch.is_inference_mode_enabled() and any(o.is_inference() for o in self.tensors()): self.layers = self.clone().layers
