@@ -121,9 +121,10 @@ def as_mask(
 # %% ../nbs/00_core.ipynb #real-positions
 def real_positions(
     mask:Tensor, # (b, n) bool, True where a real token stands
+    before:Tensor|int=0, # (b, 1) how many real tokens each row has had before
 )->Tensor: # (b, n) int64; at a padded place, that of the real token before it, or 0
     "The position of each token, counting real tokens only"
-    return (mask.cumsum(-1)-1).clamp(min=0)
+    return (before + mask.cumsum(-1)-1).clamp(min=0)
 
 # %% ../nbs/00_core.ipynb #mask-value
 def mask_value(

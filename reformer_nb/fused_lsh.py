@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
-from .attention import check_masks
+from .attention import check_masks, zero_padding
 from .core import check_rate, mask_value, pad_to_multiple, upcast
 from .fused import cut_blocks, empty_heads, forward_strips, hide_padding, make_strips, score_buffers, sees_nobody, unit_keys
 from .lsh import check_lsh_inputs, keys_across, real_tokens
@@ -214,6 +214,7 @@ def fused_lsh_attention(
     attend_across_buckets = keys_across(causal, look_back, attend_across_buckets)
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
     check_text(causal, query_len, qk.shape[2])
+    v = zero_padding(v, key_mask)
     highest = torch.iinfo(buckets.dtype).max
     if mask is not None: buckets = buckets.masked_fill(~rearrange(mask, 'b n -> b 1 1 n'), highest)
     buckets = pad_to_multiple(buckets, bucket_size, value=highest)

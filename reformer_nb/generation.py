@@ -134,16 +134,19 @@ def can_cache(
     model:nn.Module, # a language model
     length:int, # how long the text becomes
     use_cache:bool|None=None, # what the user wants; None takes what is possible
+    padded:bool=False, # whether the prompt has padding
 )->bool: # whether each token is read once
     "Choose how to read; refuses a cache that would change the result"
     config,longest = model.config,model.max_seq_len
     circle = only_local(config) and not exact_in_a_circle(config['count_padding'], config['local_look_around'])
     causal = config['causal']=='strict' or bool(config['causal'] and (config.get('use_full_attn') or only_local(config) and not circle))
-    possible = causal and hasattr(model, 'init_state') and length<=longest
+    places = padded and bool(config.get('count_padding'))
+    possible = causal and hasattr(model, 'init_state') and length<=longest and not places
     if use_cache and not possible:
-        why = (f'{length} tokens are more than max_seq_len={longest}, so early ones would have to be forgotten' if causal else
-               f"with causal={config['causal']!r} a new token changes what earlier ones see")
-        remedy = 'count_padding=False' if circle else "causal='strict' and a larger max_seq_len"
+        why = (f"with causal={config['causal']!r} a new token changes what earlier ones see" if not causal else
+               'with count_padding=True places of padding count, and a state remembers real tokens alone' if places else
+               f'{length} tokens are more than max_seq_len={longest}, so early ones would have to be forgotten')
+        remedy = 'count_padding=False' if circle or places else "causal='strict' and a larger max_seq_len"
         raise ValueError(f'use_cache=True would change the result: {why}; leave use_cache out, or build the model with {remedy}')
     return possible if use_cache is None else use_cache
 
@@ -184,7 +187,7 @@ def stream_rows(
         yield token.masked_fill(ended, pad_token)
         if eos_token is not None: ended = ended | (token==eos_token)
         if ended.all(): return
-        unread = token[:,None],~ended[:,None]
+        unread = token[:,None],torch.ones_like(real[:,:1])   # rows that have ended read on, unseen
         if state is None: tokens,real = torch.cat([tokens, token[:,None]], dim=1),F.pad(real, (0,1), value=True)
 
 # %% ../nbs/12_generation.ipynb #continue-rows
@@ -202,7 +205,7 @@ def continue_rows(
 )->Iterator: # of tokens (b) int64
     "Add tokens one at a time; refuses an end that never comes, and a cache that would change the result"
     check_eos(eos_token, model.config['num_tokens'])
-    use_cache = can_cache(model, max(real.sum(-1).tolist(), default=0) + max_new_tokens-1, use_cache)
+    use_cache = can_cache(model, max(real.sum(-1).tolist(), default=0) + max_new_tokens-1, use_cache, padded=not bool(real.all()))
     return stream_rows(model, tokens, real, max_new_tokens, choose, eos_token=eos_token, pad_token=pad_token, context=context, use_cache=use_cache)
 
 # %% ../nbs/12_generation.ipynb #collect

@@ -125,12 +125,11 @@ class TokenVectors(TokenLayers):
         check_tensor(tokens)
         real = None if input_mask is None else as_mask(input_mask, tokens.shape)
         tokens = as_tokens(tokens, self.config['num_tokens'], real)
-        by_place = real is None or self.config['count_padding'] and state is None
-        positions = torch.arange(tokens.shape[1], device=tokens.device) if by_place else real_positions(real)
-        if state is not None:
-            state.check(tokens, (keys, context_mask))
-            positions = state.count.to(tokens.device)[:,None] + positions
-        if (n := tokens.shape[1] + (0 if state is None else int(state.count.max())))>self.max_seq_len:
+        if state is not None: state.check(tokens, (keys, context_mask), real, self.max_seq_len)
+        before = 0 if state is None else state.count.to(tokens.device)[:,None]
+        by_place = real is None or self.config['count_padding']
+        positions = before + torch.arange(tokens.shape[1], device=tokens.device) if by_place else real_positions(real, before)
+        if (n := tokens.shape[1])>self.max_seq_len:
             raise ValueError(f'{n} tokens are more than max_seq_len={self.max_seq_len}; shorten the text, or build the model with a larger max_seq_len')
         x,angles = self.add_positions(self.token_emb(tokens), positions)
         args = dict(keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask, pos_emb=angles)
@@ -232,7 +231,7 @@ class ReformerLM(UpstreamWeights, TokenModel, NextToken, Generative, HuggingFace
         num_tokens:int, # size of the vocabulary
         dim:int, # width of the model
         depth:int, # number of blocks
-        max_seq_len:int, # longest input
+        max_seq_len:int, # longest input, and with a state the longest text, all segments together
         heads:int=8, # attention heads
         dim_head:int|None=64, # width of a head; None means dim // heads
         bucket_size:int=64, # chunk length, and how many tokens a bucket holds on average

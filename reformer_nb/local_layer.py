@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import rotate_queries, zero_padding
 from .core import as_mask, check_int, check_rate, mask_value, pad_to_multiple, upcast
 from .rounds import check_neighbours, join_chunks, take_pairs
-from .shared_qk import check_heads, check_width
+from .shared_qk import check_heads, check_width, hide_padding, refuse_padding
 from .sorting import stable_order
 
 # %% ../nbs/06e_local_layer.ipynb #seen-in-windows
@@ -157,7 +157,9 @@ class LocalCalls(LocalProjections):
         if keys is not None: raise ValueError('keys are a context, which local layers do not see; leave them out, or build the model with cross_attention=True')
         b,n,_ = x.shape
         if not n: return x,None
-        real = torch.ones(b, n, dtype=torch.bool, device=x.device) if input_mask is None else as_mask(input_mask, (b, n))
+        if past is not None and self.count_padding: refuse_padding(input_mask)
+        x,real = hide_padding(x, input_mask)
+        if real is None: real = torch.ones(b, n, dtype=torch.bool, device=x.device)
         if input_attn_mask is not None: input_attn_mask = as_mask(input_attn_mask, (b, n, n), 'input_attn_mask')
         q,k,v = self.project(x, pos_emb)
         if past is not None: out = continue_windows(self, q, k, v, real, past, layer, input_attn_mask)

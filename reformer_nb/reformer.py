@@ -70,7 +70,7 @@ class StreamStack(nn.Module):
         dim:int, # width of the model
         layers:ReversibleSequence, # the stack
         *,
-        max_seq_len:int|None=None, # longest input allowed; None allows any
+        max_seq_len:int|None=None, # longest input allowed, and with a state the longest text, all segments together; None allows any
         context_dim:int|None=None, # width of `keys`; None means `dim`
         g_takes:tuple=(), # names of those arguments of `forward` that G gets, as F gets them all
         pad_to:tuple=(1,1), # inputs of more than the first are padded to a multiple of the second
@@ -90,6 +90,7 @@ class StreamStack(nn.Module):
         state:TextState, # of the text before it
         args:dict, # keyword arguments of F
         g_args:dict, # keyword arguments of G
+        context:tuple, # keys and context_mask, as they were given
     )->tuple: # (b, n, e) or (b, n, 2e), and the state behind `x`
         "Run the stack on a segment of a text"
         calls = state.calls()
@@ -98,7 +99,7 @@ class StreamStack(nn.Module):
         except (TypeError, ValueError):
             state.whole |= not any(o.new for o in calls)   # refused before a layer took anything in
             raise
-        return y,state.after(calls, state.count.new_full((len(x),), x.shape[1]) if input_mask is None else input_mask.sum(-1))
+        return y,state.after(calls, state.behind(x, input_mask), context)
 
     def init_state(self,
         batch_size:int=1, # rows b
@@ -123,9 +124,10 @@ class TwoStreams(StreamStack):
         "Run both streams from the same input; what stands in padded places changes no real output"
         check_input(x, self.dim, self.max_seq_len)
         check_context(keys, context_mask, len(x), self.context_dim)
-        if state is not None: state.check(x, (keys, context_mask))
-        if not x.shape[1]: return x.new_empty(len(x), 0, self.out_dim) if state is None else (x.new_empty(len(x), 0, self.out_dim), state)
+        context = keys,context_mask
         x,input_mask = hide_padding(x, input_mask)
+        if state is not None: state.check(x, context, input_mask, self.max_seq_len)
+        if not x.shape[1]: return x.new_empty(len(x), 0, self.out_dim) if state is None else (x.new_empty(len(x), 0, self.out_dim), state)
         n = x.shape[1]
         if state is None: x,input_mask,input_attn_mask,pos_emb = fill_chunks(self.pad_to, x, input_mask, input_attn_mask, pos_emb)
         if keys is not None: keys,context_mask = hide_padding(keys, context_mask, 'context_mask')
@@ -133,7 +135,7 @@ class TwoStreams(StreamStack):
         args = {k: o for k,o in args.items() if o is not None}
         g_args = {k: args[k] for k in self.g_takes if k in args}
         if state is None: return join_streams(self.layers.streams(x, x, args, g_args), self.combine)[:,:n]
-        return self.go_on(x, input_mask, state, args, g_args)
+        return self.go_on(x, input_mask, state, args, g_args, context)
 
 # %% ../nbs/10_reformer.ipynb #pretrained
 class Pretrained:
@@ -228,7 +230,7 @@ class Reformer(UpstreamWeights, TwoStreams, Pretrained):
         pkm_layers:int|tuple=(), # numbers, from 1, of blocks with a product-key memory in place of the feed-forward layer
         pkm_num_keys:int=128, # half keys of each kind in such a memory
         *,
-        max_seq_len:int|None=None, # longest input allowed; None allows any
+        max_seq_len:int|None=None, # longest input allowed, and with a state the longest text, all segments together; None allows any
         twin_attention:bool=False, # attention in both branches, no feed-forward layers
         cross_attention:bool=False, # the context is looked up by a full attention of its own, behind self-attention
         context_dim:int|None=None, # width of the context for `cross_attention`; None means `dim`

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['new_rings', 'numbers_in_bucket', 'fill_rings', 'last_places', 'take_slots', 'count_over_rounds', 'attend_rings',
-           'recent_text', 'begin_text', 'SegmentCall', 'LayerMemory', 'TextState', 'begin_stack']
+           'recent_text', 'begin_text', 'SegmentCall', 'LayerMemory', 'shapes_of', 'TextMemory', 'TextState',
+           'begin_stack']
 
 # %% ../nbs/06c_state.ipynb #imports
 import copy, math
@@ -184,32 +185,55 @@ class LayerMemory:
         "Memory of the state"
         return sum(o.numel()*o.element_size() for o in self.tensors())
 
-# %% ../nbs/06c_state.ipynb #text-state
-class TextState(LayerMemory):
-    "What a model remembers of the texts of a batch"
+# %% ../nbs/06c_state.ipynb #shapes-of
+def shapes_of(
+    context:tuple, # of tensors, or None
+)->list: # of tuples, or None
+    "The shape of each"
+    return [None if o is None else tuple(o.shape) for o in context]
+
+# %% ../nbs/06c_state.ipynb #text-memory
+class TextMemory(LayerMemory):
+    "What a stack remembers of the texts of a batch: of each row its length, of all of them their context"
     def __init__(self,
         batch_size:int, # rows b
     ):
         super().__init__()
         check_int('batch_size', batch_size)
         self.count = torch.zeros(batch_size, dtype=torch.int64)   # tokens of each row so far
-        self.context:tuple|None = None   # of the text, as it was given
+        self.context:tuple|None = None   # of the text, as it was first given without gradients
+        self.shapes:list|None = None   # of what was given with the segment before
         self.whole = True   # False while a call updates it in place, and for ever if that call fails
 
     def check(self,
         x:Tensor, # (b, n, ...) the segment
         context:tuple, # keys and context_mask, as they were given
+        real:Tensor|None=None, # (b, n) bool, True where a real token stands; None means everywhere
+        longest:int|None=None, # longest text allowed; None allows any
     )->None:
-        "Refuse another batch, what a failed call has left, and without gradients another context, which is projected once"
+        """Refuse another batch, what a failed call has left, a text that becomes too long, and another context: of another shape,
+        or without gradients, where it is projected once, other tensors"""
         if len(x)!=len(self.count): raise ValueError(f'the segment has {len(x)} rows, the state {len(self.count)}; make one by init_state({len(x)})')
         if not self.whole:
             raise ValueError('a call with this state has failed, and only some of the layers remember its segment; go on with a clone() made before, '
                              'or begin anew with init_state')
-        if torch.is_grad_enabled(): return
-        if self.context is None: self.context = context
-        elif any(a is not b for a,b in zip(self.context, context)):
-            raise ValueError('keys and context_mask belong to the whole text; pass the very tensors of its first segment, or begin anew with init_state')
+        if longest is not None and (n := int(self.behind(x, real).max()))>longest:
+            raise ValueError(f'{n} tokens are more than max_seq_len={longest}; shorten the text, or build the model with a larger max_seq_len')
+        here,known = shapes_of(context),None if torch.is_grad_enabled() else self.context
+        if self.shapes not in (None, here) or known and any(a is not b for a,b in zip(known, context)):
+            raise ValueError(f'keys and context_mask belong to the whole text, where they have shapes {self.shapes}, here {here}; pass the very tensors '
+                             'of its first segment (with gradients: tensors of their shapes), or begin anew with init_state')
 
+    def behind(self,
+        x:Tensor, # (b, n, ...) a segment
+        real:Tensor|None=None, # (b, n) bool, True where a real token stands; None means everywhere
+    )->Tensor: # (b)
+        "How many tokens each row has had behind a segment"
+        return self.count.to(x.device) + (x.shape[1] if real is None else real.sum(-1))
+
+# %% ../nbs/06c_state.ipynb #text-state
+class TextState(TextMemory):
+    "What a model remembers of the texts of a batch"
     def calls(self)->tuple: # of two SegmentCall, for F and for G
         "What a stack is given to go on"
         if not torch.is_inference_mode_enabled() and any(o.is_inference() for o in self.tensors()): self.layers = self.clone().layers
@@ -218,11 +242,13 @@ class TextState(LayerMemory):
 
     def after(self,
         calls:tuple, # from `calls`, used by a stack
-        lengths:Tensor, # (b) real tokens of the segment
+        count:Tensor, # (b) tokens of each row, from `behind`
+        context:tuple=(None, None), # keys and context_mask, as they were given
     )->'TextState': # this one, or with gradients another
         "The state behind a segment"
         new = copy.copy(self) if torch.is_grad_enabled() else self
-        new.count,new.whole = self.count.to(lengths.device) + lengths,True
+        new.count,new.whole,new.shapes = count,True,shapes_of(context)
+        if new is self: self.context = context
         new.layers = tuple({**call.old, **call.new} for call in calls)
         return new
 

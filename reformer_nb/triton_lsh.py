@@ -11,7 +11,7 @@ import math
 import torch
 from einops import rearrange
 from torch import Tensor
-from .attention import check_masks
+from .attention import check_masks, zero_padding
 from .core import check_rate, mask_value
 from .fused import empty_heads, hide_padding
 from .fused_lsh import OnceOnly
@@ -239,6 +239,7 @@ def triton_lsh_attention(
     attend_across_buckets,strict = keys_across(causal, look_back, attend_across_buckets),causal=='strict'
     query_len,mask,key_mask,attn_mask = check_masks(qk, query_len, mask, key_mask, attn_mask)
     check_text(causal, query_len, qk.shape[2])
+    v = zero_padding(v, key_mask)
     masks = [None if o is None else o.contiguous() for o in (key_mask, attn_mask)]
     rounds = buckets.shape[2]
     if look_back=='rounds' and rounds==1: look_back = 'round'   # the round before is the only one

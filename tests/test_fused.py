@@ -103,6 +103,16 @@ def test_padding_is_never_read():
     found,wanted = (results(fused_lsh_attention, hide(qk, fill), hide(v, fill), buckets, bucket_size=16, mask=mask) for fill in (torch.nan, 0))
     compare(found, wanted, rtol=0, atol=0)
 
+@pytest.mark.parametrize('options', (dict(), dict(causal=True), dict(causal='strict'), dict(allow_duplicate_attention=False), dict(dropout=.2)))
+@pytest.mark.parametrize('f', (fused_lsh_attention, lsh_attention, partial(lsh_attention, backend='reference')))
+def test_values_that_nobody_may_see_are_never_read(f, options):
+    qk,v,_ = long_inputs()
+    seen,found = chance(2, 600, rate=.7),[]
+    for fill in (torch.nan, torch.inf, 0):
+        torch.manual_seed(0)
+        found.append(results(f, qk, v.masked_fill(~seen[:,None,:,None], fill), BucketHasher(3, 16, n_buckets=8).eval()(qk), bucket_size=16, key_mask=seen, **options))
+    for o in found[:2]: compare(o, found[2], rtol=0, atol=0)
+
 gradient_options = [dict(), dict(causal=True), dict(look_back='rounds', allow_duplicate_attention=False), dict(attend_across_buckets=False)]
 
 @pytest.mark.parametrize('options', gradient_options)

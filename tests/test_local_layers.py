@@ -29,9 +29,12 @@ def test_a_query_that_may_see_nobody_sees_nobody(causal, count_padding):
 def test_padding_of_any_content_is_inert(causal, count_padding, content):
     net,x = layer(causal=causal, count_padding=count_padding),vectors()
     real = torch.arange(8)[None] < 6
-    wanted = net(x, input_mask=real)[:,:6]
+    def found():
+        out = net(x, input_mask=real)[:,:6]
+        return out,*torch.autograd.grad(out.sin().sum(), net.parameters())
+    wanted = found()
     x[:,6:] = content
-    assert torch.equal(net(x, input_mask=real)[:,:6], wanted)
+    for got,want in zip(found(), wanted): assert torch.equal(got, want)
 
 @pytest.mark.parametrize('around,exact', (((0,0), True), ((1,0), True), ((1,1), False), ((2,0), False)))
 def test_a_circle_of_windows_has_a_cache_only_where_it_is_exact(around, exact):
@@ -51,6 +54,38 @@ def test_a_circle_of_windows_has_a_cache_only_where_it_is_exact(around, exact):
             part,state = net(o, state=state)
             parts.append(part)
         torch.testing.assert_close(torch.cat(parts, 1), net(tokens), rtol=0, atol=1e-10)
+
+counting = (dict(use_full_attn=True), dict(attn_layers=('local','local'), local_window=4), dict(attn_layers=('local','lsh'), local_window=4, use_full_attn=True))
+
+@pytest.mark.parametrize('options', counting)
+def test_places_that_count_and_a_state_exclude_padding(options):
+    "Padding in front or between is refused with a state; text is written without one, as it would be read at once"
+    torch.manual_seed(0)
+    model = ReformerLM(11, 16, 2, 64, heads=2, dim_head=8, bucket_size=4, causal=True, count_padding=True, **options).double().eval()
+    tokens,real = torch.randint(11, (2, 12)),torch.ones(2, 12, dtype=torch.bool)
+    real[0,4:7] = False
+    refused = pytest.raises(ValueError, match='count_padding=True and a state exclude padding')
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens, torch.ones_like(real), state=model.init_state(2))[0], model(tokens), rtol=0, atol=1e-10)
+        state = model.init_state(2)
+        with refused: model(tokens, real, state=state)
+        with refused: model.reformer(torch.randn(2, 12, 16).double(), real, state=model.reformer.init_state(2))
+        torch.testing.assert_close(model(tokens, state=state)[0], model(tokens), rtol=0, atol=1e-10)
+    for mask in (real, torch.arange(12)>=torch.tensor([[0], [5]])):
+        args = dict(input_mask=mask, temperature=0)
+        want = model.generate(tokens, 9, **args, use_cache=False)
+        assert torch.equal(model.generate(tokens, 9, **args), want) and torch.equal(torch.stack(list(model.stream(tokens, 9, **args)), 1), want)
+        with pytest.raises(ValueError, match='use_cache=True would change the result: with count_padding=True places of padding count'): model.generate(tokens, 9, **args, use_cache=True)
+
+@pytest.mark.parametrize('options', counting)
+def test_rows_may_end_where_places_count(options):
+    torch.manual_seed(0)
+    model = ReformerLM(11, 16, 2, 64, heads=2, dim_head=8, bucket_size=4, causal=True, count_padding=True, **options).double().eval()
+    tokens = torch.randint(11, (4, 12))
+    free = model.generate(tokens, 9, temperature=0, use_cache=False)
+    for eos in free[:,:5].unique().tolist():
+        a,b = (model.generate(tokens, 9, temperature=0, eos_token=eos, pad_token=-1, use_cache=o) for o in (True, False))
+        assert torch.equal(a, b)
 
 idle = dict(n_hashes=3, attn_chunks=2, lsh_dropout=.9, lsh_attend_across_buckets=False, lsh_allow_duplicate_attention=False, random_rotations_per_head=True,
             use_full_attn=True, full_attn_thres=7, num_mem_kv=8, one_value_head=True, n_local_attn_heads=1, rehash_each_round=False, drop_for_hash_rate=.5,

@@ -193,6 +193,23 @@ def test_buckets_of_another_input_are_obeyed(hash_seed):
     assert torch.equal(same, buckets) and not torch.equal(layer.with_state(**inputs, **masks)[1], buckets)
     torch.testing.assert_close(out, layer_by_hand(layer, **inputs, buckets=buckets, **masks), rtol=0, atol=1e-12)
 
+hostile = list(product((dict(), dict(count_padding=True), dict(use_full_attn=True), dict(count_padding=True, use_full_attn=True), dict(n_local_attn_heads=1),
+                        dict(causal='strict', n_buckets=4), dict(count_padding=True, backend='reference')), (math.nan, math.inf, -math.inf)))
+
+@pytest.mark.parametrize('options,value', hostile)
+def test_padding_of_any_content_reaches_neither_outputs_nor_gradients(options, value):
+    "Of the text and of the context"
+    torch.manual_seed(0)
+    layer,found = LSHSelfAttention(16, 2, 4, 2, **options).double(),[]
+    x,keys = random(2, 16, 16),random(2, 5, 16, seed=1)
+    real,there = torch.arange(16)<torch.tensor([[16], [9]]),torch.arange(5)<torch.tensor([[3], [5]])
+    for o in (0., value):
+        layer.hasher.step = 0
+        a,c = (y.masked_fill(~mask[...,None], o).requires_grad_() for y,mask in ((x, real), (keys, there)))
+        out = layer(a, keys=c, input_mask=real, context_mask=there)
+        found.append([out, *torch.autograd.grad(out[real].sin().sum(), [a, c, *layer.parameters()])])
+    for got,want in zip(*found): torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
+
 def test_gradients_of_padding_are_zero():
     layer = new_layer(num_mem_kv=2, n_local_attn_heads=1)
     inputs,masks = call(19, 11, 'holes', 'holes', True, False)

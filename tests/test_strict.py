@@ -4,6 +4,7 @@ from itertools import product
 import grids
 import pytest
 import torch
+import torch.nn.functional as F
 from reformer_nb.diagnostics import check_causality
 from reformer_nb.encoder_decoder import ReformerEncDec
 from reformer_nb.fused_lsh import fused_lsh_attention
@@ -267,3 +268,57 @@ def test_a_key_eps_with_a_state():
     model = ReformerLM(20, 32, 2, 64, heads=2, dim_head=16, causal=True, use_full_attn=True, key_eps=1.).eval()
     tokens = torch.randint(20, (2, 20))
     with torch.no_grad(): torch.testing.assert_close(model(tokens, state=model.init_state(2))[0], model(tokens), rtol=0, atol=1e-5)
+
+@pytest.mark.parametrize('modes', list(product((False, True), repeat=2)))
+@pytest.mark.parametrize('options', (dict(), dict(cross_attention=True)))
+def test_a_context_is_not_forgotten_between_gradient_modes(modes, options):
+    "A segment that omits it, brings it late, or changes its length is refused; without gradients, also other contents"
+    model,text,context,mask = new_model(**options),tokens_of(2, 30),draw(2, 5, 12),torch.arange(5)<torch.tensor([[5],[3]])
+    given,refused = dict(keys=context, context_mask=mask),pytest.raises(ValueError, match='keys and context_mask belong to the whole text')
+    with torch.set_grad_enabled(modes[0]): first,state = model(text[:,:15], state=model.init_state(2), **given)
+    with torch.set_grad_enabled(modes[1]):
+        for wrong in (dict(), dict(keys=context), dict(keys=context[:,:4], context_mask=mask[:,:4])):
+            with refused: model(text[:,15:], state=state, **wrong)
+        spare = state.clone()
+        second,_ = model(text[:,15:], state=state, **given)
+        torch.testing.assert_close(torch.cat([first, second], 1), model(text, **given), rtol=0, atol=1e-10)
+        model(text[:,15:], state=spare.clone(), **(given if modes==(False, False) else dict(keys=context.clone(), context_mask=mask)))
+        if modes==(False, False):
+            with refused: model(text[:,15:], state=spare, keys=context.clone(), context_mask=mask)
+
+@pytest.mark.parametrize('modes', list(product((False, True), repeat=2)))
+def test_a_context_comes_with_the_first_segment_or_never(modes):
+    model,text = new_model(),tokens_of(2, 30)
+    with torch.set_grad_enabled(modes[0]): _,state = model(text[:,:15], state=model.init_state(2))
+    with torch.set_grad_enabled(modes[1]), pytest.raises(ValueError, match='belong to the whole text'): model(text[:,15:], state=state, keys=draw(2, 5, 12))
+
+def test_with_gradients_a_state_takes_a_context_computed_anew():
+    model,text = new_model(),tokens_of(2, 30)
+    start = model.init_state(2)
+    for i in range(2):   # and the start remembers none
+        context = draw(2, 5+i, 12).requires_grad_()
+        _,state = model(text[:,:15], state=start, keys=2*context)
+        out,_ = model(text[:,15:], state=state, keys=2*context)
+        out.sum().backward()
+        assert context.grad.abs().max()>0
+
+@pytest.mark.parametrize('options', (dict(), dict(absolute_position_emb=True), dict(axial_position_emb=True), dict(use_full_attn=True)))
+def test_the_longest_text_is_that_of_one_row(options):
+    "Rows of different lengths each go on up to max_seq_len; places of padding need no position"
+    model = ReformerLM(20, 16, 1, 16, heads=2, dim_head=8, bucket_size=4, causal='strict', **options).double().eval()
+    text,state,outs = tokens_of(2, 16)%20,model.init_state(2),[]
+    with torch.no_grad():
+        for first,second in ((8,8), (0,8), (4,0), (4,0)):   # tokens of each row
+            rows = [F.pad(o[k:k+here], (0,8-here)) for o,k,here in zip(text, state.count.tolist(), (first, second))]
+            real = torch.arange(8)<torch.tensor([[first],[second]])
+            out,state = model(torch.stack(rows), real, state=state)
+            outs.append([o[x] for o,x in zip(out, real)])
+        for i,o in enumerate(model(text)): torch.testing.assert_close(torch.cat([part[i] for part in outs]), o, rtol=0, atol=1e-10)
+        with pytest.raises(ValueError, match='17 tokens are more than max_seq_len=16'): model(text[:,:1], state=state)
+
+def test_a_stack_refuses_a_text_that_is_too_long_in_segments():
+    model,x = Reformer(8, 1, heads=1, bucket_size=4, n_hashes=2, causal='strict', max_seq_len=16).eval(),draw(1, 20, 8, dtype=torch.float)
+    with torch.no_grad():
+        _,state = model(x[:,:10], state=model.init_state(1))
+        with pytest.raises(ValueError, match='17 tokens are more than max_seq_len=16'): model(x[:,10:17], state=state)
+        model(x[:,10:17], torch.arange(7)[None]<6, state=state)

@@ -150,6 +150,12 @@ def test_padding_is_never_read():
     found,wanted = (results(triton_lsh_attention, hide(qk, fill), hide(v, fill), buckets, **options) for fill in (torch.nan, 0))
     compare(found, wanted, rtol=0, atol=0)
 
+def test_values_that_nobody_may_see_are_never_read():
+    (qk,v,buckets),options = case_inputs(16, 8, 1, 'none', 1., False, False)
+    seen = chance(len(qk), qk.shape[2], rate=.7)
+    found,wanted = (results(triton_lsh_attention, qk, v.masked_fill(~seen[:,None,:,None], fill), buckets, **{**options, 'key_mask': seen}) for fill in (torch.nan, 0))
+    compare(found, wanted, rtol=0, atol=0)
+
 def test_dropout_equals_a_replayed_mask():
     "Unit values make the mask visible: kept weights are 1/(1-p) times what they were; the backward pass uses the same"
     n,p = 32,.25
