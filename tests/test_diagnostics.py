@@ -195,6 +195,33 @@ def test_recall_rises_and_ends_at_one():
     full = attention_recall(LSHSelfAttention(24, heads=2, bucket_size=4, use_full_attn=True), x)
     assert all(abs(o['mass']-1)<1e-9 and o['top']==1 for o in full)
 
+kinds_of_hash = (dict(), dict(rehash_each_round=False, n_buckets=32), dict(rotations='shared', n_buckets=16, hash_seed=5), dict(n_buckets='power', split_above=4),
+                 dict(n_buckets='power', rotations='shared', random_rotations_per_head=True), dict(causal='strict', n_buckets=8), dict(n_buckets=(4, 6), causal=True),
+                 dict(causal=True, look_back='rounds', num_mem_kv=3, n_local_attn_heads=1))
+
+@pytest.mark.parametrize('options', kinds_of_hash, ids=str)
+@pytest.mark.parametrize('tried', (dict(n_hashes=8), dict(bucket_size=8)), ids=str)
+def test_recall_of_other_numbers_is_that_of_a_layer_built_so(options, tried):
+    text,real = torch.randn(2, 96, 24, generator=seeded(2)),torch.arange(96)<torch.tensor([[96], [50]])
+    def new(**o):
+        torch.manual_seed(0)
+        return LSHSelfAttention(24, **{**dict(heads=2, bucket_size=4, n_hashes=2, full_attn_thres=0), **options, **o})
+    asked = attention_recall(new(), text, input_mask=real, **{k: (o,) for k,o in tried.items()})
+    assert asked==attention_recall(new(**tried), text, input_mask=real)!=attention_recall(new(), text, input_mask=real)
+
+@pytest.mark.parametrize('options', (dict(attn_layers=('local', 'lsh')), dict(twin_attention=True), dict(weight_tie=True)), ids=str)
+def test_recall_of_other_rounds_hashes_as_the_block_does(options):
+    found = attention_recall(new_model(**options, n_hashes=4), tokens)
+    asked = attention_recall(new_model(**options), tokens, n_hashes=(4,))
+    for o,p in zip(asked, found, strict=True):
+        if o['layer']==0: assert o==p   # what later layers are fed follows from the rounds of the first
+
+def test_recall_without_a_seed_draws_as_the_layer_does():
+    "Rounds that fit a hash without digits: other ones each time, and no split"
+    layer = LSHSelfAttention(24, heads=2, bucket_size=4, n_hashes=2, hash_seed=None, full_attn_thres=0)
+    a,b = (attention_recall(layer, x, n_hashes=(4,), queries=24) for _ in range(2))
+    assert a!=b
+
 def test_one_number_is_no_choice():
     for k in ('n_hashes', 'bucket_size'):
         with pytest.raises(TypeError, match=rf'{k}=4 must be a tuple of numbers to try; pass \(4,\)'): attention_recall(new_model(), tokens, **{k: 4})
@@ -216,7 +243,7 @@ def test_recall_leaves_padding_out(count_padding):
     model = LSHSelfAttention(24, heads=2, bucket_size=4, n_buckets=4, causal=True, count_padding=count_padding).eval()
     real = torch.arange(24) < torch.tensor([[24], [7]])
     with torch.no_grad(), listen(model) as heard: model(torch.randn(2, 24, 24, generator=seeded()), input_mask=real)
-    (_,layer,raw,call,found), = heard
+    (_,layer,raw,call,found,_index), = heard
     mass,_ = row_recall(call, torch.arange(24), 3, found)
     assert torch.equal(mass[:,:,1:].isnan().any(1), ~real[:,1:])   # the first token of a causal text sees nobody
     again = rehash(layer, raw, call, 0, layer.hasher.n_hashes, 5, found)
