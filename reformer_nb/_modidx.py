@@ -212,6 +212,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                     'reformer_nb/diagnostics.py'),
                                          'reformer_nb.diagnostics.compare_gradients': ( 'diagnostics.html#compare_gradients',
                                                                                         'reformer_nb/diagnostics.py'),
+                                         'reformer_nb.diagnostics.cut_argument': ( 'diagnostics.html#cut_argument',
+                                                                                   'reformer_nb/diagnostics.py'),
                                          'reformer_nb.diagnostics.deviations': ( 'diagnostics.html#deviations',
                                                                                  'reformer_nb/diagnostics.py'),
                                          'reformer_nb.diagnostics.first_tensor': ( 'diagnostics.html#first_tensor',

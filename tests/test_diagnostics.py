@@ -99,6 +99,29 @@ def test_padding_of_a_layer_and_of_vectors():
     assert check_padding(LSHSelfAttention(24, heads=2, bucket_size=4), x)
     assert check_padding(Reformer(24, 1, heads=2, bucket_size=4), x, keys=torch.randn(2, 5, 24))
 
+@pytest.mark.parametrize('b', (2, 24))   # as many rows as positions, too
+@pytest.mark.parametrize('options', (dict(), dict(num_mem_kv=2), dict(use_full_attn=True), dict(n_local_attn_heads=1)), ids=str)
+def test_padding_of_a_layer_with_arguments_that_belong_to_positions(options, b):
+    layer,x = LSHSelfAttention(24, heads=2, bucket_size=4, n_hashes=2, **options),torch.randn(b, 24, 24, generator=seeded(1))
+    angles,pairs = torch.randn(b, 24, 6, generator=seeded(2)),torch.rand(b, 24, 24, generator=seeded(3))<.8
+    some_keys = torch.cat([pairs, torch.rand(b, 24, layer.config['num_mem_kv'] + 24, generator=seeded(4))<.8], -1)
+    context = dict(keys=torch.randn(b, 24, 24, generator=seeded(5)), context_mask=torch.rand(b, 24, generator=seeded(6))<.8)   # of the length of the text
+    for o in (dict(pos_emb=angles[0]), dict(pos_emb=angles), dict(input_attn_mask=pairs), dict(input_attn_mask=some_keys, pos_emb=angles, **context)):
+        verdict = check_padding(layer, x, **o)
+        assert verdict and verdict.error<1e-10, (list(o), verdict)
+
+def test_padding_refuses_what_it_cannot_cut():
+    class Adds(nn.Module):
+        def forward(self, x, input_mask=None, extra=0.): return x + extra
+    extra = torch.randn(24, 24)
+    with pytest.raises(ValueError, match=r"extra \(24, 24\) has an axis of 24, as long as x, .* lambda x, input_mask=None: model\(x, input_mask=input_mask, extra=extra\[:x.shape\[1\]\]\)"):
+        check_padding(Adds(), x, extra=extra)
+    assert check_padding(lambda x, input_mask=None: Adds()(x, input_mask=input_mask, extra=extra[:x.shape[1]]), x)
+    row = torch.randn(1, 24, 24)
+    with pytest.raises(ValueError, match=r'extra=extra\[:, :x.shape\[1\]\]'): check_padding(Adds(), x[:1], extra=row)
+    assert check_padding(lambda x, input_mask=None: Adds()(x, input_mask=input_mask, extra=row[:, :x.shape[1]]), x[:1])
+    assert check_padding(Adds(), x[...,:7], extra=torch.randn(2, 1, 7)) and check_padding(Adds(), x[...,:7], extra=torch.randn(7)) and check_padding(Adds(), x, extra=torch.tensor(2.))
+
 def test_padding_that_leaks():
     class Mean(nn.Module):   # sees the whole row, padding included, but not from position 10 on
         def forward(self, x, input_mask=None):
