@@ -394,6 +394,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                                                                         'reformer_nb/hasher.py'),
                                     'reformer_nb.hasher.StepCounter.set_extra_state': ( 'hasher.html#stepcounter.set_extra_state',
                                                                                         'reformer_nb/hasher.py'),
+                                    'reformer_nb.hasher.check_seed': ('hasher.html#check_seed', 'reformer_nb/hasher.py'),
                                     'reformer_nb.hasher.draw_hash': ('hasher.html#draw_hash', 'reformer_nb/hasher.py'),
                                     'reformer_nb.hasher.drop_entries': ('hasher.html#drop_entries', 'reformer_nb/hasher.py'),
                                     'reformer_nb.hasher.hash_factors': ('hasher.html#hash_factors', 'reformer_nb/hasher.py'),
