@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
-from .core import accept_names, as_mask, check_number, check_rate, mask_value, upcast
+from .core import accept_names, as_mask, check_choice, check_number, check_rate, mask_value, upcast
 
 # %% ../nbs/03_attention.ipynb #zero-padding
 def zero_padding(
@@ -202,6 +202,7 @@ class FullQKAttention(nn.Module):
         scale:float=1., # factor of the scores
     ):
         super().__init__()
+        check_choice('causal', causal, (False, True))
         check_rate('dropout', dropout)
         check_number('scale', scale, signed=True)
         self.causal,self.dropout,self.scale = causal,dropout,scale

@@ -12,6 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from .core import check_int, check_rate
 from .in_blocks import compute_in_blocks
+from .replay import call_with_state
 from .shared_qk import check_heads, hide_padding
 
 # %% ../nbs/09b_cross_attention.ipynb #check-context
@@ -109,7 +110,7 @@ class DecoderAttention(nn.Module):
         if keys is None:
             raise ValueError('cross_attention=True needs a context, and keys is None; pass keys, '
                              'or build the model without cross_attention')
-        out,state = self.attend.with_state(x, state, **args)
+        out,state = call_with_state(self.attend, x, state, **args)
         return out + self.cross(x+out, keys=keys, context_mask=context_mask),state
 
     def forward(self,

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Verdict', 'quiet_copy', 'first_tensor', 'in_double', 'answer', 'weigh', 'Trial', 'compare_gradients', 'slope_errors',
-           'check_gradients', 'other_values', 'deviations', 'outputs_of', 'check_padding', 'check_causality']
+           'check_gradients', 'other_values', 'deviations', 'outputs_of', 'cut_argument', 'check_padding',
+           'check_causality']
 
 # %% ../nbs/15_diagnostics.ipynb #imports
 import copy, math
@@ -197,6 +198,24 @@ def outputs_of(
     raise ValueError(f'the model returned {tuple(out.shape)} for an input {tuple(x.shape)}, not an output for each of its (b, n) positions; '
                      'pass a function that returns those')
 
+# %% ../nbs/15_diagnostics.ipynb #cut-argument
+def cut_argument(
+    name:str, # of an argument
+    value:object, # what it is for the whole batch
+    x:Tensor, # (b, n) tokens or (b, n, e) vectors, the batch
+    row:int, # number of a row
+    length:int, # its real tokens
+)->object: # the argument for this row by itself
+    "A keyword argument of one row without padding; refuses a tensor that may belong to positions or not"
+    b,n = x.shape[:2]
+    if not isinstance(value, Tensor) or not value.ndim: return value
+    if name=='pos_emb': return value[:length] if value.ndim==2 else value[row:row+1,:length]
+    if name=='input_attn_mask': return torch.cat([value[row:row+1,:length,:length], value[row:row+1,:length,n:]], dim=-1)
+    if name not in ('keys', 'context_mask') and n in value.shape:
+        raise ValueError(f'{name} {tuple(value.shape)} has an axis of {n}, as long as x, so whether to cut it to the real tokens is not known; pass one row x[:1], '
+                         f'and a function that cuts it, such as lambda x, input_mask=None: model(x, input_mask=input_mask, {name}={name}[{":, "*value.shape.index(n)}:x.shape[1]])')
+    return value[row:row+1] if len(value)==b else value
+
 # %% ../nbs/15_diagnostics.ipynb #check-padding
 def check_padding(
     model:Callable, # called as model(x), and as model(x, input_mask=...)
@@ -204,19 +223,19 @@ def check_padding(
     *,
     mask_name:str='input_mask', # the argument that takes the mask (b, n) bool, True where a real token stands
     tol:float=1e-6, # largest deviation allowed
-    **named:object, # further keyword arguments of the model
+    **named:object, # further keyword arguments of the model, for the whole batch: see `cut_argument`
 )->Verdict: # its `position` is the first real one that padding changes
     "Compare rows with padding behind them with the same rows alone"
     fn,(b,n),gen = quiet_copy(model),x.shape[:2],torch.Generator().manual_seed(0)
     if n<2: raise ValueError(f'x {tuple(x.shape)} has one position, so none can be padding; give two or more')
     real = [max(1, n-1-(i+1)*n//(2*b+1)) for i in range(b)]   # tokens that each row keeps
+    alone = [{name: cut_argument(name, o, x, i, k) for name,o in named.items()} for i,k in enumerate(real)]
     mask,errors,first = torch.arange(n, device=x.device)<torch.tensor(real, device=x.device)[:,None],{},None
     for contents in ('unlike tokens', 'other unlike tokens'):
         filled = torch.where(mask.view(b, n, *[1]*(x.ndim-2)), x, other_values(x, gen))
         found = outputs_of(answer(fn, filled, **{mask_name: mask}, **named), x)
         for i,k in enumerate(real):
-            rest = {name: o[i:i+1] if isinstance(o, Tensor) and len(o)==b else o for name,o in named.items()}
-            gap = deviations(found[i:i+1,:k], answer(fn, x[i:i+1,:k], **rest), 2)[0]
+            gap = deviations(found[i:i+1,:k], answer(fn, x[i:i+1,:k], **alone[i]), 2)[0]
             if (bad := (gap>tol).nonzero()).numel(): first = min(n if first is None else first, int(bad[0]))
             errors[f'row {i} of {k} tokens, {n-k} {contents} behind, position {gap.argmax().item()}'] = gap.max().item()
     worst = max(errors, key=errors.__getitem__)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from .core import check_int, check_rate, upcast
-from .replay import Circumstances, check_leaves, named_weights, one_at_a_time, watch_buffers
+from .replay import Circumstances, call_with_state, check_leaves, named_weights, one_at_a_time, watch_buffers
 
 # %% ../nbs/07_feed_forward.ipynb #new-activation
 def new_activation(
@@ -226,9 +226,9 @@ class Wrapper(nn.Module):
     @property
     def with_state(self)->Callable: # takes x, a state or None, and keywords of `fn`; returns the output and the state
         "`forward` that also returns the integers of `fn`, or reuses them"
-        inner = self.fn.with_state   # an AttributeError, if there is none, is the answer to hasattr
+        _ = self.fn.with_state   # an AttributeError, if there is none, is the answer to hasattr
         def call(x, state=None, **args):
-            out,state = inner(self.before(x), state, **args)
+            out,state = call_with_state(self.fn, self.before(x), state, **args)
             return self.after(out),state
         return call
 

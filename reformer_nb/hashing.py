@@ -106,7 +106,7 @@ def rotate_vectors(
     b,h = vecs.shape[:2]
     vecs,heads = upcast(vecs.detach()),len(rotations) if len(rotations) in (1,h) else h
     rotations = rotations.to(vecs.dtype).unflatten(0, (-1,heads))
-    with torch.autocast(vecs.device.type, enabled=False):
+    with torch.autocast('cpu' if vecs.is_meta else vecs.device.type, enabled=False):   # on meta there is none
         return torch.einsum('bhnd,bhdrs->bhrns', vecs, rotations)
 
 # %% ../nbs/01_hashing.ipynb #hash-vectors

@@ -118,7 +118,7 @@ def attend_by_length(
                   allow_duplicate_attention=allow_duplicate_attention, backend=backend, **common)
     if mask is None or not full_attn_thres: return lsh(qk, v, buckets, **masks)
     short = mask.sum(-1)<=full_attn_thres
-    if torch.compiler.is_exporting():   # a graph cannot choose by the data, so it computes both
+    if torch.compiler.is_exporting() or qk.is_meta:   # a graph cannot choose by the data, nor can shapes alone, so both are computed
         near = attend_short_rows(qk, v, length=min(full_attn_thres, qk.shape[2]), **masks, **common)
         return torch.where(short[:,None,None,None], near, lsh(qk, v, buckets, **masks))
     if not short.any(): return lsh(qk, v, buckets, **masks)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import einsum, rearrange
 from torch import Tensor, nn
 from .attention import rotate_queries, zero_padding
-from .core import as_mask, check_int, check_rate, mask_value, pad_to_multiple, upcast
+from .core import as_mask, check_choice, check_int, check_rate, mask_value, pad_to_multiple, upcast
 from .rounds import check_neighbours, join_chunks, take_pairs
 from .shared_qk import check_heads, check_width, hide_padding, refuse_padding
 from .sorting import stable_order
@@ -200,6 +200,7 @@ class LocalSelfAttention(LocalText):
         out_bias:bool=True, # whether the projection back has a bias
     ):
         super().__init__(dim, heads, dim_head, shared_qk=shared_qk, out_bias=out_bias)
+        check_choice('causal', causal, (False, True))
         check_local(window, look_around, dropout, post_attn_dropout)
         self.window,self.look_around,self.causal,self.count_padding = window,tuple(look_around),causal,count_padding
         self.dropout,self.post_attn_dropout = dropout,nn.Dropout(post_attn_dropout)

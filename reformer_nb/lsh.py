@@ -280,7 +280,7 @@ class LSHAttention(HashedAttention):
         *,
         n_buckets:int|tuple|None=None, # a fixed number of buckets; None derives it from the length
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
-        rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed'
+        rotations:str='fresh', # 'fresh' ones at each training step, or 'fixed' ones, which need a seed
         scale:float=1., # factor of the scores
         look_back:str='none', # what precedes the first chunk: 'none', 'round' or 'rounds'
         backend:str='auto', # 'fused', 'triton', 'reference', or 'auto', which chooses

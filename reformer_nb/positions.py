@@ -18,7 +18,7 @@ def check_positions(
     max_seq_len:int, # rows of the table, or places of the grid
 )->None:
     "Refuse positions that a table does not hold"
-    if torch.compiler.is_compiling() or not positions.numel(): return
+    if torch.compiler.is_compiling() or positions.is_meta or not positions.numel(): return
     low,high = (int(o) for o in positions.aminmax())
     if low<0: raise ValueError(f'position {low} is negative; count from 0, as real_positions does')
     if high>=max_seq_len:

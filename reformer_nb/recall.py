@@ -40,14 +40,16 @@ def row_recall(
 @contextmanager
 def listen(
     net:nn.Module, # a model, or a layer
-)->Iterator: # of a list that fills up with (name, layer, vectors to hash (b, h, n, d), AttentionCall, mask (b, n) or None)
+)->Iterator: # of a list that fills up with (name, layer, vectors to hash (b, h, n, d), AttentionCall, mask (b, n) or None, index that it hashes with)
     "While this lasts, note what attention layers hash, and attend with"
     heard,projected,hooks = [],{},[]
     def project(layer, args, out): projected['qk'] = out.detach()
+    def note(hasher, args, named): projected['index'] = named['layer']
     def hear(name, layer, qk, buckets, query_len, masks, real):
         raw = projected['qk'].unflatten(-1, (layer.heads, -1)).transpose(1, 2)[:,layer.n_local_attn_heads:]
-        heard.append((name, layer, raw, AttentionCall(qk.double(), buckets, query_len, masks, layer.options), real))
-    for o in attention_layers(net).values(): hooks.append(o.toqk.register_forward_hook(project))
+        heard.append((name, layer, raw, AttentionCall(qk.double(), buckets, query_len, masks, layer.options), real,
+                      len(heard) if buckets is None else projected['index']))
+    for o in attention_layers(net).values(): hooks += [o.toqk.register_forward_hook(project), o.hasher.register_forward_pre_hook(note, with_kwargs=True)]
     try:
         with watch_layers(net, hear): yield heard
     finally:
@@ -55,21 +57,19 @@ def listen(
 
 # %% ../nbs/15a_recall.ipynb #rehash
 def rehash(
-    layer:LSHSelfAttention, # whose seed is used
+    layer:LSHSelfAttention, # whose arguments are used
     raw:Tensor, # (b, h, n, d) vectors to hash
     call:AttentionCall, # what the layer attends with
-    number:int, # of the layer
+    index:int, # that the layer hashes with
     n_hashes:int, # hash rounds to try
     bucket_size:int, # bucket size to try
     real:Tensor|None=None, # (b, n) bool, True where a real token stands
 )->AttentionCall:
-    "The same call with other buckets; with the layer's own numbers, those it has used"
+    "The same call with the buckets of a layer built with other numbers; with the layer's own numbers, those it has used"
     h = layer.hasher
     if call.buckets is not None and (n_hashes,bucket_size)==(h.n_hashes,h.bucket_size): return call
-    fixed = h.n_buckets if bucket_size==h.bucket_size else None
-    other = BucketHasher(n_hashes, bucket_size, n_buckets=fixed, hash_seed=h.hash_seed or 0, rotations='fixed',
-                         random_rotations_per_head=h.random_rotations_per_head).eval()
-    return call._replace(buckets=other(raw, real, layer=number), options={**call.options, 'bucket_size': bucket_size, 'full_attn_thres': 0})
+    other = BucketHasher(**{**layer.config.arguments_of(BucketHasher), 'n_hashes': n_hashes, 'bucket_size': bucket_size}).eval()
+    return call._replace(buckets=other(raw, real, layer=index), options={**call.options, 'bucket_size': bucket_size, 'full_attn_thres': 0})
 
 # %% ../nbs/15a_recall.ipynb #attention-recall
 def attention_recall(
@@ -89,10 +89,10 @@ def attention_recall(
     with torch.no_grad(), replay_modes([(o, False) for o in net.modules()]), listen(net) as heard: net(*args, **named)
     if not heard: raise ValueError(f'net is a {type(net).__name__} in which no LSHSelfAttention was called; give a model that has one')
     res = []
-    for number,(name,layer,raw,call,real) in enumerate(heard):
+    for number,(name,layer,raw,call,real,index) in enumerate(heard):
         rows = torch.randperm(call.query_len, generator=torch.Generator().manual_seed(seed))[:queries].sort().values.to(raw.device)
         for r,m in product(n_hashes or (layer.hasher.n_hashes,), bucket_size or (layer.hasher.bucket_size,)):
-            tried = rehash(layer, raw, call, number, r, m, real) if n_hashes or bucket_size else call
+            tried = rehash(layer, raw, call, index, r, m, real) if n_hashes or bucket_size else call
             found = row_recall(tried, rows, top_k, real)
             mass,top = (o.transpose(0, 1).flatten(1).nanmean(-1).tolist() for o in found)
             res += [dict(layer=number, name=name, head=layer.n_local_attn_heads+h, n_hashes=r, bucket_size=m, mass=a, top=b)

@@ -249,7 +249,7 @@ class Reformer(UpstreamWeights, TwoStreams, Pretrained):
         out_bias:bool=True, # whether attention's projection back has a bias
         norm_eps:float=1e-5, # added to the variance in LayerNorms
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
-        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call
+        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, which need a seed, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call
         attn_layers:tuple|None=None, # the attention of each block, 'lsh' or 'local'; None means 'lsh' everywhere
         local_window:int|None=None, # places of a window in local layers; None means bucket_size
         local_look_around:tuple=(1,0), # windows before and after that local layers see too

@@ -7,11 +7,12 @@ __all__ = ['add_exactly', 'add_to_stream', 'whole', 'in_shares', 'check_shares',
            'branch_grads', 'run_forward', 'run_backward', 'ReversibleFunction', 'run_plain', 'run_stack']
 
 # %% ../nbs/08_reversible.ipynb #imports
+from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from .core import upcast
-from .replay import (Circumstances, check_drift, check_leaves, check_output, check_state, coarsest, drift, named_weights,
+from .replay import (Circumstances, call_with_state, check_drift, check_leaves, check_output, check_state, coarsest, drift, named_weights,
                                 one_at_a_time, rng_state, same_rng_state, sample, save_nothing, watch_buffers)
 
 # %% ../nbs/08_reversible.ipynb #add-exactly
@@ -90,7 +91,8 @@ class Branch(nn.Module):
     )->tuple: # output (b, n, e), and the state or None
         "Call `fn`; one that has a method `with_state` is given its state back"
         if not hasattr(self.fn, 'with_state'): return (self.fn.forward if in_shares(self.fn) else self.fn)(x, **args),None
-        out,state = self.fn.with_state(x, state, layer=self.layer, **args)
+        run = self.fn.with_state if in_shares(self.fn) else partial(call_with_state, self.fn)
+        out,state = run(x, state, layer=self.layer, **args)
         check_state(state, self.name)
         return out,state
 

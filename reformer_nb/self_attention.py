@@ -280,5 +280,5 @@ class LSHSelfAttention(UpstreamWeights, SelfAttentionCalls):
         key_eps:float=0., # added to the mean square of a key before it is brought to length 1
         out_bias:bool=True, # whether the projection back has a bias
         hash_seed:int|None=0, # seed of the rotations; None draws them from torch's global generator
-        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call
+        rotations:str='fresh', # 'fresh' ones at each training step, 'fixed' ones, which need a seed, or 'shared' ones: fixed by the seed, the same in all layers; without a seed drawn at each call
     ): super().__init__(Config(locals()))

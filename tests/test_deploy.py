@@ -1,4 +1,4 @@
-"Models in other forms: torch.export, ONNX, torch.compile"
+"Models in other forms: torch.export, ONNX, torch.compile, shapes without numbers"
 import warnings
 import pytest
 import torch
@@ -48,6 +48,20 @@ def test_onnx(name, tmp_path):
     session = ort.InferenceSession(tmp_path/'model.onnx', providers=['CPUExecutionProvider'])
     got, = session.run(None, {i.name: o.numpy() for i,o in zip(session.get_inputs(), inputs)})
     torch.testing.assert_close(torch.from_numpy(got), model(*inputs), rtol=0, atol=1e-4)
+
+@pytest.mark.parametrize('reverse', (True, False))
+@pytest.mark.parametrize('name', models)
+def test_shapes_without_numbers(name, reverse):
+    "On the meta device: outputs have their shapes, and weights gradients"
+    with torch.no_grad(): wanted = make(name)[0](*models[name][1]()).shape
+    model,inputs = make(name)
+    model.train().to('meta')
+    for o in model.modules():
+        if hasattr(o, 'reverse_thres'): o.reverse_thres = 0 if reverse else 2**30
+    out = model(*(o if o is None else o.to('meta') for o in inputs))
+    out.sum().backward()
+    assert out.is_meta and out.shape==wanted and all(o.grad.shape==o.shape for o in model.parameters() if o.grad is not None) and any(o.grad is not None for o in model.parameters())
+    if isinstance(model, ReformerLM): model.loss(inputs[0].to('meta')).backward()
 
 def test_a_trace_is_refused():
     "A trace would keep the sizes of its example"

@@ -99,6 +99,29 @@ def test_padding_of_a_layer_and_of_vectors():
     assert check_padding(LSHSelfAttention(24, heads=2, bucket_size=4), x)
     assert check_padding(Reformer(24, 1, heads=2, bucket_size=4), x, keys=torch.randn(2, 5, 24))
 
+@pytest.mark.parametrize('b', (2, 24))   # as many rows as positions, too
+@pytest.mark.parametrize('options', (dict(), dict(num_mem_kv=2), dict(use_full_attn=True), dict(n_local_attn_heads=1)), ids=str)
+def test_padding_of_a_layer_with_arguments_that_belong_to_positions(options, b):
+    layer,x = LSHSelfAttention(24, heads=2, bucket_size=4, n_hashes=2, **options),torch.randn(b, 24, 24, generator=seeded(1))
+    angles,pairs = torch.randn(b, 24, 6, generator=seeded(2)),torch.rand(b, 24, 24, generator=seeded(3))<.8
+    some_keys = torch.cat([pairs, torch.rand(b, 24, layer.config['num_mem_kv'] + 24, generator=seeded(4))<.8], -1)
+    context = dict(keys=torch.randn(b, 24, 24, generator=seeded(5)), context_mask=torch.rand(b, 24, generator=seeded(6))<.8)   # of the length of the text
+    for o in (dict(pos_emb=angles[0]), dict(pos_emb=angles), dict(input_attn_mask=pairs), dict(input_attn_mask=some_keys, pos_emb=angles, **context)):
+        verdict = check_padding(layer, x, **o)
+        assert verdict and verdict.error<1e-10, (list(o), verdict)
+
+def test_padding_refuses_what_it_cannot_cut():
+    class Adds(nn.Module):
+        def forward(self, x, input_mask=None, extra=0.): return x + extra
+    extra = torch.randn(24, 24)
+    with pytest.raises(ValueError, match=r"extra \(24, 24\) has an axis of 24, as long as x, .* lambda x, input_mask=None: model\(x, input_mask=input_mask, extra=extra\[:x.shape\[1\]\]\)"):
+        check_padding(Adds(), x, extra=extra)
+    assert check_padding(lambda x, input_mask=None: Adds()(x, input_mask=input_mask, extra=extra[:x.shape[1]]), x)
+    row = torch.randn(1, 24, 24)
+    with pytest.raises(ValueError, match=r'extra=extra\[:, :x.shape\[1\]\]'): check_padding(Adds(), x[:1], extra=row)
+    assert check_padding(lambda x, input_mask=None: Adds()(x, input_mask=input_mask, extra=row[:, :x.shape[1]]), x[:1])
+    assert check_padding(Adds(), x[...,:7], extra=torch.randn(2, 1, 7)) and check_padding(Adds(), x[...,:7], extra=torch.randn(7)) and check_padding(Adds(), x, extra=torch.tensor(2.))
+
 def test_padding_that_leaks():
     class Mean(nn.Module):   # sees the whole row, padding included, but not from position 10 on
         def forward(self, x, input_mask=None):
@@ -195,6 +218,33 @@ def test_recall_rises_and_ends_at_one():
     full = attention_recall(LSHSelfAttention(24, heads=2, bucket_size=4, use_full_attn=True), x)
     assert all(abs(o['mass']-1)<1e-9 and o['top']==1 for o in full)
 
+kinds_of_hash = (dict(), dict(rehash_each_round=False, n_buckets=32), dict(rotations='shared', n_buckets=16, hash_seed=5), dict(n_buckets='power', split_above=4),
+                 dict(n_buckets='power', rotations='shared', random_rotations_per_head=True), dict(causal='strict', n_buckets=8), dict(n_buckets=(4, 6), causal=True),
+                 dict(causal=True, look_back='rounds', num_mem_kv=3, n_local_attn_heads=1))
+
+@pytest.mark.parametrize('options', kinds_of_hash, ids=str)
+@pytest.mark.parametrize('tried', (dict(n_hashes=8), dict(bucket_size=8)), ids=str)
+def test_recall_of_other_numbers_is_that_of_a_layer_built_so(options, tried):
+    text,real = torch.randn(2, 96, 24, generator=seeded(2)),torch.arange(96)<torch.tensor([[96], [50]])
+    def new(**o):
+        torch.manual_seed(0)
+        return LSHSelfAttention(24, **{**dict(heads=2, bucket_size=4, n_hashes=2, full_attn_thres=0), **options, **o})
+    asked = attention_recall(new(), text, input_mask=real, **{k: (o,) for k,o in tried.items()})
+    assert asked==attention_recall(new(**tried), text, input_mask=real)!=attention_recall(new(), text, input_mask=real)
+
+@pytest.mark.parametrize('options', (dict(attn_layers=('local', 'lsh')), dict(twin_attention=True), dict(weight_tie=True)), ids=str)
+def test_recall_of_other_rounds_hashes_as_the_block_does(options):
+    found = attention_recall(new_model(**options, n_hashes=4), tokens)
+    asked = attention_recall(new_model(**options), tokens, n_hashes=(4,))
+    for o,p in zip(asked, found, strict=True):
+        if o['layer']==0: assert o==p   # what later layers are fed follows from the rounds of the first
+
+def test_recall_without_a_seed_draws_as_the_layer_does():
+    "Rounds that fit a hash without digits: other ones each time, and no split"
+    layer = LSHSelfAttention(24, heads=2, bucket_size=4, n_hashes=2, hash_seed=None, full_attn_thres=0)
+    a,b = (attention_recall(layer, x, n_hashes=(4,), queries=24) for _ in range(2))
+    assert a!=b
+
 def test_one_number_is_no_choice():
     for k in ('n_hashes', 'bucket_size'):
         with pytest.raises(TypeError, match=rf'{k}=4 must be a tuple of numbers to try; pass \(4,\)'): attention_recall(new_model(), tokens, **{k: 4})
@@ -216,7 +266,7 @@ def test_recall_leaves_padding_out(count_padding):
     model = LSHSelfAttention(24, heads=2, bucket_size=4, n_buckets=4, causal=True, count_padding=count_padding).eval()
     real = torch.arange(24) < torch.tensor([[24], [7]])
     with torch.no_grad(), listen(model) as heard: model(torch.randn(2, 24, 24, generator=seeded()), input_mask=real)
-    (_,layer,raw,call,found), = heard
+    (_,layer,raw,call,found,_index), = heard
     mass,_ = row_recall(call, torch.arange(24), 3, found)
     assert torch.equal(mass[:,:,1:].isnan().any(1), ~real[:,1:])   # the first token of a causal text sees nobody
     again = rehash(layer, raw, call, 0, layer.hasher.n_hashes, 5, found)

@@ -107,6 +107,9 @@ def test_modules_equal_reformer_pytorch(causal, across, per_head, rehash, query_
     got = FullQKAttention(causal, scale=d**-.5)(x, y, query_len, input_attn_mask=allowed)[:2]
     for o,w in zip(got, want): torch.testing.assert_close(o, w, rtol=0, atol=1e-12)
 
+def test_full_attention_is_causal_or_not():
+    with pytest.raises(ValueError, match="causal='strct' is not known; choose one of False, True"): FullQKAttention(causal='strct')
+
 reversible_grid = list(product((False, True), (1, 2, 4), (1, 3), (0., .1), (False, True), (32, 37), ('none', 'end', 'holes'), (0, None), (0, 1)))
 
 @pytest.mark.parametrize('causal,n_hashes,depth,dropout,tie,n,mask,hash_seed,local', grids.sample(reversible_grid, 40))

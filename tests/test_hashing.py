@@ -1,11 +1,15 @@
 "Properties of hashing and sorting that hold for any sizes and any data"
 import math
+from functools import partial
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from reformer_nb.buckets import assign_buckets, bucket_count, single_hash_limit, split_count, split_counts
-from reformer_nb.hasher import BucketHasher, drop_entries
+from reformer_nb.hasher import BucketHasher, HashSource, drop_entries
 from reformer_nb.hashing import nearest_axes, nearest_axis, random_rotations
+from reformer_nb.language_model import ReformerLM
+from reformer_nb.lsh import LSHAttention
 from reformer_nb.sorting import restore_order, sort_by_bucket, take_sorted
 from reformer_nb.self_attention import LSHSelfAttention
 
@@ -181,6 +185,19 @@ def test_shared_rotations_do_not_depend_on_pieces(seed):
         net = LSHSelfAttention(16, 4, 4, n_hashes=1, attn_chunks=pieces, hash_seed=seed, rotations='shared', random_rotations_per_head=True, n_buckets=8, full_attn_thres=0).eval()
         return net.with_state(x)[1]
     assert torch.equal(buckets(1), buckets(2))
+
+@pytest.mark.parametrize('make', (HashSource, BucketHasher, partial(LSHSelfAttention, 16), LSHAttention, partial(ReformerLM, 9, 16, 1, 32)))
+def test_seeds_that_promise_too_much(make):
+    with pytest.raises(ValueError, match="rotations='fixed' follow from a seed, but hash_seed=None has none; pass for example hash_seed=0"): make(hash_seed=None, rotations='fixed')
+    for seed in (2**70, 2**64, -2**63-1):
+        with pytest.raises(ValueError, match=f'hash_seed={seed} must be at least -2\\*\\*63 and below 2\\*\\*64'): make(hash_seed=seed)
+
+@pytest.mark.parametrize('seed', (-2**63, 2**64-1, np.int64(7)))
+def test_every_seed_suits_every_kind_of_rotation(seed):
+    vecs = torch.randn(1, 2, 12, 8)
+    for rotations in ('fresh', 'fixed', 'shared'):
+        one,two = (BucketHasher(2, 4, n_buckets=4, hash_seed=o, rotations=rotations).eval()(vecs) for o in (seed, int(seed)))
+        assert torch.equal(one, two)
 
 def test_limits_of_power_are_checked():
     for wrong,error in ((1, ValueError), (-3, ValueError), (2.5, TypeError), ('a', TypeError)):

@@ -100,6 +100,7 @@ def test_no_local_layer_attends_fully():
     assert not attends_fully(dict(attn_layers=('local',), use_full_attn=True), 10**6) and attends_fully(dict(use_full_attn=True), 10**6)
 
 def test_sizes_are_checked():
+    with pytest.raises(ValueError, match="causal='no' is not known; choose one of False, True"): LocalSelfAttention(8, 2, causal='no')
     with pytest.raises(ValueError, match='dim_head=0 must be at least 1'): LocalSelfAttention(8, 2, dim_head=0)
     with pytest.raises(TypeError, match='local_look_around=3 must be two whole numbers'): Reformer(16, 1, heads=2, attn_layers=('local',), local_look_around=3)
 

@@ -3,10 +3,12 @@ import copy
 from concurrent.futures import ThreadPoolExecutor
 import itertools
 import random
+import threading
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
 from reformer_nb.reformer import Reformer
@@ -442,3 +444,63 @@ def test_two_threads_train_one_model(options):
         with ThreadPoolExecutor(4) as pool: list(pool.map(learn, texts))
         assert all(dict(model.named_parameters())[k] is p for k,p in params.items())
         for k,p in params.items(): torch.testing.assert_close(p.grad, wanted[k], rtol=0, atol=1e-9)
+
+# ---- hooks of users ------------------------------------------------------------------------------------------------
+
+def hooked_stack(kind, reverse_thres=0):
+    torch.manual_seed(0)
+    more = dict(memory=dict(pkm_layers=1, pkm_num_keys=32), decoder=dict(cross_attention=True), decoder_attention=dict(cross_attention=True), rezero=dict(use_rezero=True), local=dict(attn_layers=('local',))).get(kind, {})
+    if kind!='local': more.update(n_hashes=2, full_attn_thres=0)
+    model = Reformer(8, 1, heads=2, bucket_size=4, reverse_thres=reverse_thres, **more).double()
+    for o in model.modules():
+        if kind=='rezero' and hasattr(o, 'g'): nn.init.ones_(o.g)
+    f,g = model.layers.blocks[0]
+    return model,{'memory': lambda: g.fn, 'attention': lambda: f.fn, 'local': lambda: f.fn, 'decoder_attention': lambda: f.attend.fn}.get(kind, lambda: f)()
+
+def hooked_call(model, kind, x):
+    return model(x, **(dict(keys=torch.linspace(-1, 1, 40).double().view(1, 5, 8).expand(2, -1, -1)) if 'decoder' in kind else {}))
+
+kinds_of_layer = ('attention', 'norm', 'rezero', 'memory', 'decoder', 'decoder_attention', 'local')
+hook_input = torch.randn(2, 19, 8, generator=torch.Generator().manual_seed(5)).double()
+
+@pytest.mark.parametrize('kind', kinds_of_layer)
+def test_hooks_of_layers_are_called(kind):
+    "Once in a pass, and once more in its recomputation, with the layer itself and its output alone"
+    gradients = []
+    for reverse_thres in (0, 99):
+        model,layer = hooked_stack(kind, reverse_thres)
+        plain,seen = hooked_call(copy.deepcopy(model), kind, hook_input),[]
+        def note(what, module, some, res=None, seen=seen): seen.append((what, module, type(some))); return res
+        layer.register_forward_hook(lambda module, args, out, note=note: note('out', module, out, out*3))
+        layer.register_forward_pre_hook(lambda module, args, named, note=note: note('in', module, args[0]), with_kwargs=True)
+        layer.register_full_backward_hook(lambda module, dx, dy, note=note: note('back', module, dy[0], tuple(None if o is None else o*2 for o in dx)))
+        y = hooked_call(model, kind, x := hook_input.clone().requires_grad_())
+        assert [o[0] for o in seen]==['in', 'out'] and not torch.allclose(y, plain)
+        (y**2).sum().backward()
+        assert [o[0] for o in seen]==['in', 'out']*(1 if reverse_thres else 2) + ['back'] and all(o[1:]==(layer, torch.Tensor) for o in seen)
+        gradients.append([y.detach(), x.grad, *(o.grad for o in model.parameters() if o.grad is not None)])
+    for o,p in zip(*gradients, strict=True): torch.testing.assert_close(o, p, rtol=0, atol=1e-9)
+
+def test_hooks_of_two_calls_in_one_graph_and_in_two_threads():
+    def run(model, x): return torch.autograd.grad((model(x[0]) * model(x[1])).sum(), list(model.parameters()))
+    model,layer = hooked_stack('attention')
+    model.eval()
+    layer.register_forward_hook(lambda module, args, out: out*2)
+    xs = torch.randn(2, 2, 2, 19, 8, generator=torch.Generator().manual_seed(6)).double()
+    reversed_ones = [run(model, o) for o in xs]
+    model.layers.reverse_thres = 99
+    wanted,found = [run(model, o) for o in xs],{}
+    threads = [threading.Thread(target=lambda i=i: found.update({i: run(model, xs[i])})) for i in range(2)]
+    for o in threads: o.start()
+    for o in threads: o.join()
+    for i in range(2):
+        for o,p,q in zip(found[i], wanted[i], reversed_ones[i], strict=True):
+            torch.testing.assert_close(o, p, rtol=0, atol=1e-12), torch.testing.assert_close(q, p, rtol=0, atol=1e-9)
+
+def test_a_weight_that_a_hook_makes():
+    "Pruning keeps a mask, and multiplies in a hook"
+    torch.manual_seed(0)
+    model = Reformer(8, 1, heads=2, bucket_size=4, num_mem_kv=3).double()
+    prune.l1_unstructured(model.layers.blocks[0][0].fn, 'mem_kv', .5)
+    for _ in range(2): model(hook_input).sum().backward()
+    assert model.layers.blocks[0][0].fn.mem_kv_orig.grad.ne(0).sum()<=12

@@ -322,6 +322,6 @@ def test_values_are_checked_at_construction(name, value):
 @pytest.mark.parametrize('seed', (None, 0, -3, np.int64(7), np.uint8(7)))
 def test_values_that_go_on_to_work(seed):
     x = random(1, 9, e)
-    for options in (dict(scale=0), dict(scale=-.5), dict(scale=np.float32(.5)), dict(scale=2), dict(key_eps=0), dict(key_eps=np.float32(.5)), dict(rotations='fixed')):
+    for options in (dict(scale=0), dict(scale=-.5), dict(scale=np.float32(.5)), dict(scale=2), dict(key_eps=0), dict(key_eps=np.float32(.5)), dict(rotations='fresh' if seed is None else 'fixed')):
         assert new_layer(hash_seed=seed, full_attn_thres=0, **options)(x).isfinite().all()
     if seed: assert torch.equal(new_layer(hash_seed=seed, full_attn_thres=0)(x), new_layer(hash_seed=int(seed), full_attn_thres=0)(x))
