@@ -20,7 +20,7 @@ from .state import TextState
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict
 
 # %% ../nbs/18a_run_state.ipynb #check-finite
 def check_finite(
@@ -126,7 +126,7 @@ def load_training_state(
     tensors:dict, # {name: tensor}
     record:dict, # as `training_state` gave them
 )->list|None: # of what was remembered of the texts of this process
-    "Go back to a state; random generators only if there are as many processes as there were"
+    "Go back to a state; random generators only if there are as many processes as there were; a weight without averages gets none"
     part = {k: {} for k in ('model', 'optimizer', 'rng', 'texts')}
     for name,o in {**tensors, **record['numbers']}.items():
         kind,_,k = name.partition('.')
@@ -135,8 +135,11 @@ def load_training_state(
     for name,o in part['optimizer'].items():
         name,_,k = name.rpartition('.')
         state.setdefault(name, {})[k] = o
-    optimizer,whole = dict(state=state, param_groups=record['groups']),StateDictOptions(full_state_dict=True)
-    set_state_dict(model, opt, model_state_dict=part['model'], optim_state_dict=optimizer, options=whole)
+    optimizer,how = dict(state=state, param_groups=record['groups']),dict(full_state_dict=True)
+    set_model_state_dict(model, part['model'], options=StateDictOptions(**how))
+    set_optimizer_state_dict(model, opt, optimizer, options=StateDictOptions(strict=False, **how))
+    for name,p in model.named_parameters():   # torch makes averages up for those that had none
+        if name.replace('_orig_mod.', '') not in state: opt.state.pop(p, None)
     if accelerator.scaler and record['scaler']: accelerator.scaler.load_state_dict(record['scaler'])
     if (n := len(part['rng']['cpu']))!=accelerator.num_processes:
         if not part['texts']: return None

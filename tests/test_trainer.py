@@ -1,5 +1,5 @@
 "Runs under hard conditions: killed at random moments, spread over processes, on a full disk"
-import json, math, os, random, signal, subprocess, sys, textwrap, time
+import json, math, os, random, shutil, signal, subprocess, sys, textwrap, time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +11,7 @@ from reformer_nb.batches import segment_at
 from reformer_nb.checkpoints import read_weights
 from reformer_nb.data import Corpus
 from reformer_nb.language_model import ReformerLM
+from reformer_nb.run_state import read_checkpoint
 from reformer_nb.trainer import Trainer
 from reformer_nb.training import TrainSettings, bits_per_byte, learning_rate, make_optimizer
 
@@ -124,6 +125,44 @@ def test_learns_and_resumes_in_every_way(tmp_path, how):
 def test_fp16_needs_a_device():
     with pytest.raises(ValueError, match=r"\Aprecision='fp16' [^\n]*; use 'bf16'[^\n]*\Z"):
         Trainer(strict_model(), words, replace(drawn, precision='fp16', tensorboard=False), show=False)
+
+def forget(folder, after):
+    "As if the run had been killed after this step; what it wrote then is the whole run's"
+    for path in (folder/'checkpoints').glob('step-*'):
+        if int(path.stem[5:])>after: path.unlink()
+
+def lazy_model(skip=.8, **options):
+    "Whose blocks are skipped most of the time"
+    torch.manual_seed(0)
+    return ReformerLM(128, 16, 4, 64, heads=2, dim_head=8, bucket_size=8, n_hashes=2, causal=True, layer_dropout=skip, **options)
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'adafactor'])
+def test_resumes_with_blocks_that_no_step_has_used(tmp_path, optimizer):
+    "Their weights have no averages in a checkpoint, and get none"
+    s = TrainSettings(seq_len=64, batch_size=2, steps=12, save_every=2, keep=9, optimizer=optimizer)
+    def fit(folder): return Trainer(lazy_model(), words, s, out=folder, show=False).fit(resume=True)
+    fit(tmp_path/'whole'), shutil.copytree(tmp_path/'whole', tmp_path/'again')
+    forget(tmp_path/'again', after=2)
+    tensors = read_checkpoint(tmp_path/'again'/'checkpoints'/'step-000000002.safetensors')[0]
+    known = {k.split('.', 1)[1].rpartition('.')[0] for k in tensors if k.startswith('optimizer.')}
+    assert 0<len(known)<len([*lazy_model().parameters()])
+    fit(tmp_path/'again')
+    same_run(tmp_path/'again', tmp_path/'whole')
+    last = [read_checkpoint(tmp_path/o/'checkpoints'/'step-000000012.safetensors')[0] for o in ('again', 'whole')]
+    assert last[0].keys()==last[1].keys() and all(torch.equal(o, last[1][k]) for k,o in last[0].items())
+
+@pytest.mark.parametrize('first', [False, True], ids=['thawed', 'frozen'])
+def test_resumes_with_other_weights_frozen(tmp_path, first):
+    "Weights that begin to learn have no averages yet; those that no longer learn stay as they are"
+    before = None
+    for steps,learns in ((2, first), (4, not first)):
+        model = lazy_model(skip=0.)
+        weight = model.token_emb.weight.requires_grad_(learns)
+        trainer = Trainer(model, words, TrainSettings(seq_len=64, batch_size=2, steps=steps), out=tmp_path, show=False)
+        assert len(trainer.fit(resume=True))==steps
+        if before is not None: assert torch.equal(before, weight) is first
+        before = weight.detach().clone()
+    assert {int(o['step']) for p,o in trainer.opt.state.items() if p is weight}==({2} if learns else set())
 
 # ---- texts that go on -----------------------------------------------------------------------------------------------
 
@@ -318,6 +357,19 @@ def test_sharded_by_fsdp(script, tmp_path):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
     a,b = (dict(ReformerLM.from_pretrained(tmp_path/o).named_parameters()) for o in ('one', 'two'))
     for k,o in a.items(): torch.testing.assert_close(b[k], o, rtol=0, atol=1e-9)
+
+@no_gloo
+@pytest.mark.parametrize('how', ['plain', 'shard'])
+def test_processes_resume_with_blocks_that_no_step_has_used(script, tmp_path, how):
+    lazy = "model(weight_tie=True)", "model(layer_dropout=.5)"
+    script.write_text(spread.replace(*lazy).replace('fit()', 'fit(resume=True)').replace('save_every=5', 'save_every=1, keep=9'))
+    for again in (False, True):
+        if again: shutil.copytree(tmp_path/'whole', tmp_path/'again'), forget(tmp_path/'again', after=1)
+        code,_,complaint = torchrun(script, tmp_path/('again' if again else 'whole'), 6, how)
+        assert code==0, complaint[-2000:]
+    same_run(tmp_path/'again', tmp_path/'whole')
+    steps = [read_checkpoint(tmp_path/'again'/'checkpoints'/f'step-{o:09}.safetensors')[0] for o in (1, 6)]
+    assert steps[0].keys()<steps[1].keys()   # a block of the second half of the run only
 
 @no_gloo
 def test_a_killed_worker_leaves_a_checkpoint(script, tmp_path):
