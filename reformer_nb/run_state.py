@@ -17,7 +17,7 @@ from .checkpoints import fingerprint, read_weights
 from .core import check_int
 from .replay import rng_state, set_rng_state
 from .state import TextState
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict
@@ -195,13 +195,22 @@ class RunStore:
         step:int, # steps that were done
         tensors:dict, # {name: tensor} on the CPU
         record:dict, # what JSON can hold
-        best:int|None=None, # a step whose checkpoint must stay
+        best:int|None=None, # another step whose checkpoint must stay
     )->None:
         "Write a checkpoint, then remove those that are no longer wanted"
         write_checkpoint(self.path(step), tensors, record)
-        done = [o for o in self.steps() if o<=step]
+        last = [o for o in self.steps() if o<=step][-self.keep:]
+        wanted = *last,best,*map(self.best_of, last)
         for o in self.steps():   # later ones belong to a run that was given up
-            if o not in (*done[-self.keep:], best): self.path(o).unlink()
+            if o not in wanted: self.path(o).unlink()
+
+    def best_of(self,
+        step:int, # of a checkpoint
+    )->int|None: # None if it names none, or is damaged
+        "The step of the best evaluation, as a checkpoint names it: `best` of its record, {'step': when}"
+        try:
+            with safe_open(self.path(step), 'pt') as f: return json.loads(f.metadata()['config'])['best']['step']
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError): return None
 
     def newest(self)->tuple|None: # step, {name: tensor}, record; or None if there is none
         "Read the newest checkpoint that is intact"

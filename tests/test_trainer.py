@@ -3,6 +3,7 @@ import json, math, os, random, shutil, signal, subprocess, sys, textwrap, time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
@@ -294,6 +295,65 @@ def test_files_of_others_among_its_own(tmp_path):
     assert [o['step'] for o in fit(4)]==[0, 1, 2, 3]
     (tmp_path/'model.safetensors').rename(tmp_path/'checkpoints'/'step-000000009.safetensors')
     with pytest.raises(ValueError, match='step-000000009.safetensors is no checkpoint of a run; remove it'): fit(5)
+
+class Judged(Trainer):
+    "Is measured as it is told"
+    def __init__(self, found, **options):
+        settings = TrainSettings(seq_len=64, batch_size=2, steps=len(found), save_every=1, eval_every=1, keep=2)
+        super().__init__(strict_model(), words, settings, show=False, **options)
+        self.found = found
+    def evaluate(self):
+        with patch('reformer_nb.trainer.bits_per_byte', lambda *args, **options: self.found[self.step-1]): return super().evaluate()
+
+def flip(path): path.write_bytes(path.read_bytes()[:-1]+bytes([path.read_bytes()[-1]^1]))
+
+def test_the_best_of_every_kept_checkpoint_is_kept(tmp_path):
+    "Also of one that is gone back to, when a later one was better"
+    first = Judged([5., 6., 4.], out=tmp_path)
+    first.fit()
+    assert first.store.steps()==[1, 2, 3]
+    flip(first.store.path(3))
+    second = Judged([5., 6., 7., 7.], out=tmp_path)
+    with pytest.warns(UserWarning, match='step-000000003.safetensors is damaged'): second.fit(resume=True)
+    assert second.best==dict(step=1, bits_per_byte=5.) and second.store.steps()==[1, 3, 4]
+    best = read_checkpoint(second.store.path(1))[0]
+    for k,o in ReformerLM.from_pretrained(tmp_path).named_parameters(): assert torch.equal(o, best[f'model.{k}'])
+    assert json.loads((tmp_path/'training.json').read_text())['best']['step']==1
+    for falling in (range(9, 0, -1), range(1, 10)):   # at most the best of the oldest of two is a third
+        run = Judged([*map(float, falling)], out=tmp_path/str(falling[0]))
+        run.fit()
+        assert run.store.steps()==([8, 9] if falling[0]==9 else [1, 8, 9])
+
+@pytest.mark.parametrize('hurt', [Path.unlink, flip, lambda path: path.write_bytes(b'')], ids=['gone', 'flipped', 'empty'])
+def test_a_best_checkpoint_that_cannot_be_read(tmp_path, hurt):
+    "The run says so at once, looks for another best, and leaves a model in any case"
+    run = Judged([1., 2., 3.], out=tmp_path)
+    run.fit()
+    hurt(run.store.path(1))
+    run = Judged([1., 2., 3., 7., 8.], out=tmp_path)
+    with pytest.warns(UserWarning, match=r'the best evaluation, that of step 1, counts no longer: [^\n]*step-000000001.safetensors is (missing|damaged)'): run.fit(resume=True)
+    assert run.best==dict(step=4, bits_per_byte=7.) and run.store.steps()==[4, 5]
+    best = read_checkpoint(run.store.path(4))[0]
+    for k,o in ReformerLM.from_pretrained(tmp_path).named_parameters(): assert torch.equal(o, best[f'model.{k}'])
+
+def test_a_best_checkpoint_that_is_lost_while_the_run_goes_on(tmp_path):
+    run = Judged([1., 2., 3.], out=tmp_path)
+    ended = run.ended
+    run.ended = lambda asked: run.step==3 and not run.store.path(1).unlink() or ended(asked)
+    with pytest.warns(UserWarning, match='step-000000001.safetensors is missing'): run.fit()
+    assert json.loads((tmp_path/'training.json').read_text())['best'] is None
+    for k,o in ReformerLM.from_pretrained(tmp_path).named_parameters(): assert torch.equal(o, dict(run.model.named_parameters())[k])
+
+def test_nan_is_never_the_best(tmp_path):
+    "Nor infinity; a checkpoint of before that says so is not believed"
+    run = Judged([math.nan, math.inf, 5., math.nan, 6.], out=tmp_path)
+    run.fit()
+    assert run.best==dict(step=3, bits_per_byte=5.)
+    run = Judged([math.nan]*2)
+    run.fit()
+    assert run.best is None
+    run.best,run.found,run.step = dict(step=1, bits_per_byte=math.nan),[5.],1
+    assert run.evaluate()==5. and run.best['bits_per_byte']==5.
 
 # ---- several processes ---------------------------------------------------------------------------------------------
 
