@@ -30,7 +30,7 @@ def run_identity(
 )->dict: # what must not change when a run is resumed; rates and limits may
     "Model, data, order of the data, optimizer and precision"
     config,c = json.loads(encode_config(model)),corpus
-    texts = [hashlib.sha256(o.numpy().data).hexdigest()[:16] for o in (c.train, c.valid)]
+    texts = [hashlib.sha256(o.contiguous().numpy().data).hexdigest()[:16] for o in (c.train, c.valid)]
     same = ('seed', 'batch_size', 'seq_len', 'pieces', 'carry_state', 'optimizer', 'precision')
     return dict(model_class=config['model_class'], **config['arguments'], corpus=[c.name, *texts],
                 **{k: getattr(settings, k) for k in same})
