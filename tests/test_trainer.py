@@ -1,9 +1,11 @@
 "Runs under hard conditions: killed at random moments, spread over processes, on a full disk"
 import json, math, os, random, shutil, signal, subprocess, sys, textwrap, time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -354,6 +356,32 @@ def test_nan_is_never_the_best(tmp_path):
     assert run.best is None
     run.best,run.found,run.step = dict(step=1, bits_per_byte=math.nan),[5.],1
     assert run.evaluate()==5. and run.best['bits_per_byte']==5.
+
+# ---- numbers and texts of other kinds -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', [np.float32, np.float64, Fraction])
+def test_numbers_of_other_kinds(tmp_path, kind):
+    "The run is that of floats"
+    numbers = dict(lr=.0078125, warmup=.125, weight_decay=.0625, clip=.5, minutes=5)   # the same in all kinds
+    given = TrainSettings(seq_len=64, batch_size=2, steps=2, **{k: kind(o) for k,o in numbers.items()})
+    assert given==TrainSettings(seq_len=64, batch_size=2, steps=2, **numbers)
+    assert {type(getattr(given, k)) for k in numbers}=={float}
+    Trainer(strict_model(), words, given, out=tmp_path, show=False).fit()
+    assert json.loads((tmp_path/'training.json').read_text())['settings']['lr']==.0078125
+
+@pytest.mark.parametrize('wrong,says', [(dict(seq_len=np.int64(64)), r'must be a whole number \(int\)'), (dict(carry_state=np.bool_(True)), 'carry_state=.*must be True or False'),
+                                        (dict(shard='no'), "shard='no' must be True or False"), (dict(tensorboard=1), 'tensorboard=1 must be True or False')])
+def test_settings_that_could_not_be_written(wrong, says):
+    with pytest.raises(TypeError, match=says): TrainSettings(steps=1, **wrong)
+
+def test_texts_that_do_not_lie_in_one_piece(tmp_path):
+    "Every second byte of something, or a column, is a text like any other"
+    text = torch.stack([words.train, words.train.flip(0)], 1)
+    s = replace(drawn, tensorboard=False)
+    for name,corpus in dict(whole=words, column=Corpus('words', text[:,0], *[words.valid.repeat_interleave(2)[::2]]*2)).items():
+        Trainer(strict_model(), corpus, s, out=tmp_path/name, show=False).fit()
+    same_run(tmp_path/'whole', tmp_path/'column')
+    Trainer(strict_model(), words, replace(s, steps=5), out=tmp_path/'column', show=False).fit(resume=True)   # the same text
 
 # ---- several processes ---------------------------------------------------------------------------------------------
 
