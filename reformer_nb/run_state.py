@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_finite', 'train_step', 'pack_texts', 'unpack_texts', 'training_state', 'load_training_state',
-           'write_checkpoint', 'read_checkpoint', 'RunStore', 'stop_signals']
+           'write_checkpoint', 'read_checkpoint', 'best_step', 'RunStore', 'stop_signals']
 
 # %% ../nbs/18a_run_state.ipynb #imports
 import json, math, signal, threading, warnings
@@ -170,6 +170,15 @@ def read_checkpoint(
     if fingerprint(metadata['config'], tensors)==metadata['sha256']: return tensors,json.loads(metadata['config'])
     raise ValueError(f'{path} is damaged (its SHA-256 is another); remove it')
 
+# %% ../nbs/18a_run_state.ipynb #best-step
+def best_step(
+    path:Path, # a checkpoint
+)->int|None: # None if it names none, or is damaged
+    "The step of the best evaluation, as `best` of a record names it: {'step': when}"
+    try:
+        with safe_open(path, 'pt') as f: return json.loads(f.metadata()['config'])['best']['step']
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError): return None
+
 # %% ../nbs/18a_run_state.ipynb #run-store
 class RunStore:
     "Checkpoints of a run in a folder"
@@ -200,17 +209,9 @@ class RunStore:
         "Write a checkpoint, then remove those that are no longer wanted"
         write_checkpoint(self.path(step), tensors, record)
         last = [o for o in self.steps() if o<=step][-self.keep:]
-        wanted = *last,best,*map(self.best_of, last)
+        wanted = *last,best,*(best_step(self.path(o)) for o in last)
         for o in self.steps():   # later ones belong to a run that was given up
             if o not in wanted: self.path(o).unlink()
-
-    def best_of(self,
-        step:int, # of a checkpoint
-    )->int|None: # None if it names none, or is damaged
-        "The step of the best evaluation, as a checkpoint names it: `best` of its record, {'step': when}"
-        try:
-            with safe_open(self.path(step), 'pt') as f: return json.loads(f.metadata()['config'])['best']['step']
-        except (SafetensorError, OSError, ValueError, KeyError, TypeError): return None
 
     def newest(self)->tuple|None: # step, {name: tensor}, record; or None if there is none
         "Read the newest checkpoint that is intact"
