@@ -6,7 +6,7 @@
 __all__ = ['run_identity', 'Run', 'write_text', 'read_metrics', 'open_board', 'KeepsCheckpoints', 'write_model', 'RunFiles']
 
 # %% ../nbs/18b_run_files.ipynb #imports
-import hashlib, json
+import hashlib, json, warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict
@@ -30,7 +30,7 @@ def run_identity(
 )->dict: # what must not change when a run is resumed; rates and limits may
     "Model, data, order of the data, optimizer and precision"
     config,c = json.loads(encode_config(model)),corpus
-    texts = [hashlib.sha256(o.numpy().data).hexdigest()[:16] for o in (c.train, c.valid)]
+    texts = [hashlib.sha256(o.contiguous().numpy().data).hexdigest()[:16] for o in (c.train, c.valid)]
     same = ('seed', 'batch_size', 'seq_len', 'pieces', 'carry_state', 'optimizer', 'precision')
     return dict(model_class=config['model_class'], **config['arguments'], corpus=[c.name, *texts],
                 **{k: getattr(settings, k) for k in same})
@@ -105,11 +105,20 @@ class KeepsCheckpoints(Run):
         tensors,record = training_state(self.model, self.opt, self.accelerator, self.states)
         if self.accelerator.is_main_process:
             record |= dict(run=self.identity, seconds=self.seconds, best=self.best)
-            self.store.save(self.step, tensors, record, best=self.best['step'] if self.best else None)
+            self.store.save(self.step, tensors, record)   # whose best stays
         self.accelerator.wait_for_everyone()
 
+    def best_tensors(self)->dict|None: # {name: tensor}; None if there was no evaluation
+        "What the checkpoint of the best evaluation holds; a best that cannot be read is forgotten, with a warning"
+        if not self.best: return None
+        try: return read_checkpoint(self.store.path(self.best['step']))[0]
+        except (ValueError, OSError) as e:
+            warnings.warn(f'the best evaluation, that of step {self.best["step"]}, counts no longer: {e}', stacklevel=2)
+        self.best = None
+        return None
+
     def resume(self)->bool: # whether there was a checkpoint
-        "Go back to the newest intact checkpoint"
+        "Go back to the newest intact checkpoint, and see that its best is there"
         found = self.store.newest()
         if found is None: return False
         step,tensors,record = found
@@ -121,6 +130,7 @@ class KeepsCheckpoints(Run):
         self.step = step
         self.states = load_training_state(self.model, self.opt, self.accelerator, tensors, record)
         self.seconds,self.best = record['seconds'],record['best']
+        if self.best and self.best['step']!=step: self.best_tensors()
         self.history = read_metrics(self.out/'metrics.jsonl', self.step)
         return True
 
@@ -167,7 +177,7 @@ class RunFiles(KeepsCheckpoints):
         "Write a last checkpoint, the model of the best evaluation or else of this moment, and the settings"
         self.save()
         if not self.accelerator.is_main_process: return
-        write_model(self.model, read_checkpoint(self.store.path(self.best['step'] if self.best else self.step))[0], self.out)
+        write_model(self.model, self.best_tensors() or read_checkpoint(self.store.path(self.step))[0], self.out)
         record = dict(corpus=self.corpus.name, settings=asdict(self.settings), steps=self.step,
                       interrupted=self.interrupted, best=self.best)
         write_text(self.out/'training.json', [json.dumps(record)])

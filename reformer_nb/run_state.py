@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_finite', 'train_step', 'pack_texts', 'unpack_texts', 'training_state', 'load_training_state',
-           'write_checkpoint', 'read_checkpoint', 'RunStore', 'stop_signals']
+           'write_checkpoint', 'read_checkpoint', 'best_step', 'RunStore', 'stop_signals']
 
 # %% ../nbs/18a_run_state.ipynb #imports
 import json, math, signal, threading, warnings
@@ -17,10 +17,10 @@ from .checkpoints import fingerprint, read_weights
 from .core import check_int
 from .replay import rng_state, set_rng_state
 from .state import TextState
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_model_state_dict, set_optimizer_state_dict
 
 # %% ../nbs/18a_run_state.ipynb #check-finite
 def check_finite(
@@ -126,7 +126,7 @@ def load_training_state(
     tensors:dict, # {name: tensor}
     record:dict, # as `training_state` gave them
 )->list|None: # of what was remembered of the texts of this process
-    "Go back to a state; random generators only if there are as many processes as there were"
+    "Go back to a state; random generators only if there are as many processes as there were; a weight without averages gets none"
     part = {k: {} for k in ('model', 'optimizer', 'rng', 'texts')}
     for name,o in {**tensors, **record['numbers']}.items():
         kind,_,k = name.partition('.')
@@ -135,8 +135,11 @@ def load_training_state(
     for name,o in part['optimizer'].items():
         name,_,k = name.rpartition('.')
         state.setdefault(name, {})[k] = o
-    optimizer,whole = dict(state=state, param_groups=record['groups']),StateDictOptions(full_state_dict=True)
-    set_state_dict(model, opt, model_state_dict=part['model'], optim_state_dict=optimizer, options=whole)
+    optimizer,how = dict(state=state, param_groups=record['groups']),dict(full_state_dict=True)
+    set_model_state_dict(model, part['model'], options=StateDictOptions(**how))
+    set_optimizer_state_dict(model, opt, optimizer, options=StateDictOptions(strict=False, **how))
+    for name,p in model.named_parameters():   # torch makes averages up for those that had none
+        if name.replace('_orig_mod.', '') not in state: opt.state.pop(p, None)
     if accelerator.scaler and record['scaler']: accelerator.scaler.load_state_dict(record['scaler'])
     if (n := len(part['rng']['cpu']))!=accelerator.num_processes:
         if not part['texts']: return None
@@ -167,6 +170,15 @@ def read_checkpoint(
     if fingerprint(metadata['config'], tensors)==metadata['sha256']: return tensors,json.loads(metadata['config'])
     raise ValueError(f'{path} is damaged (its SHA-256 is another); remove it')
 
+# %% ../nbs/18a_run_state.ipynb #best-step
+def best_step(
+    path:Path, # a checkpoint
+)->int|None: # None if it names none, or is damaged
+    "The step of the best evaluation, as `best` of a record names it: {'step': when}"
+    try:
+        with safe_open(path, 'pt') as f: return json.loads(f.metadata()['config'])['best']['step']
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError): return None
+
 # %% ../nbs/18a_run_state.ipynb #run-store
 class RunStore:
     "Checkpoints of a run in a folder"
@@ -192,13 +204,14 @@ class RunStore:
         step:int, # steps that were done
         tensors:dict, # {name: tensor} on the CPU
         record:dict, # what JSON can hold
-        best:int|None=None, # a step whose checkpoint must stay
+        best:int|None=None, # another step whose checkpoint must stay
     )->None:
         "Write a checkpoint, then remove those that are no longer wanted"
         write_checkpoint(self.path(step), tensors, record)
-        done = [o for o in self.steps() if o<=step]
+        last = [o for o in self.steps() if o<=step][-self.keep:]
+        wanted = *last,best,*(best_step(self.path(o)) for o in last)
         for o in self.steps():   # later ones belong to a run that was given up
-            if o not in (*done[-self.keep:], best): self.path(o).unlink()
+            if o not in wanted: self.path(o).unlink()
 
     def newest(self)->tuple|None: # step, {name: tensor}, record; or None if there is none
         "Read the newest checkpoint that is intact"

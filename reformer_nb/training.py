@@ -27,6 +27,9 @@ def check_settings(
     for name in ('seq_len', 'batch_size', 'pieces', 'keep'): check_int(name, getattr(s, name))
     for name in ('steps', 'eval_every', 'eval_windows', 'patience', 'save_every'):
         if getattr(s, name) is not None: check_int(name, getattr(s, name))
+    for name in ('shard', 'carry_state', 'tensorboard'):
+        if not isinstance(o := getattr(s, name), bool):
+            raise TypeError(f'{name}={o!r} must be True or False; leave it out for the default')
     check_choice('optimizer', s.optimizer, optimizers)
     check_choice('precision', s.precision, precisions)
     if s.patience and not s.eval_every:
@@ -68,7 +71,10 @@ class TrainSettings:
     keep:int=2 # checkpoints to keep, besides the best
     tensorboard:bool=False # write curves for TensorBoard too
 
-    def __post_init__(self): check_settings(self)
+    def __post_init__(self):
+        check_settings(self)
+        for name in ('minutes', 'lr', 'warmup', 'weight_decay', 'clip'):
+            if (o := getattr(self, name)) is not None: object.__setattr__(self, name, float(o))
 
 # %% ../nbs/18_training.ipynb #rate
 def learning_rate(

@@ -4,13 +4,14 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
+import numpy as np
 import pytest
 import torch
 from reformer_nb import data
 from reformer_nb.batches import batch_at, texts_to_read, windows
 from reformer_nb.data import enwik8_corpus, files_corpus, load_corpus, split_of, to_bytes
 from reformer_nb.downloads import download, fetch_zipped
-from reformer_nb.sequences import own_sequence, pack, packed_rows, rows_by_length
+from reformer_nb.sequences import own_sequence, pack, packed_rows, pad_rows, rows_by_length
 
 content = bytes(range(256))*2000   # 512000 bytes
 
@@ -297,6 +298,30 @@ def test_packed_rows_hold_every_sequence(seed):
     assert max(taken)<=19 and sum(t<=9 for t in taken)<=1   # two half-empty rows would be one
     see = own_sequence(own)
     assert see.diagonal(dim1=1, dim2=2).all() and see[0,0].sum()==(own[0]==0).sum()
+
+def filled(given): return packed_rows(given, 5, end=9)
+
+@pytest.mark.parametrize('make', (pad_rows, filled))
+def test_sequences_of_every_kind_of_integers(make):
+    lists = [[1, 2], [], [3]]
+    want = make([torch.tensor(o, dtype=torch.long) for o in lists])
+    kinds = [lists, (*map(tuple, lists),), [np.array(o, dtype=np.int32) for o in lists], [torch.tensor(o, dtype=torch.uint8) for o in lists]]
+    for given in kinds:
+        for a,b in zip(make(given), want): assert torch.equal(a, b) and a.dtype==b.dtype
+    rows = torch.tensor([[1, 2], [3, 4]])
+    for a,b in zip(make(rows), make([*rows])): assert torch.equal(a, b)
+
+@pytest.mark.parametrize('make', (pad_rows, filled))
+@pytest.mark.parametrize('wrong,says', [
+    ([1, 2.5], r'sequences\[1\] is torch.float32, not integers; [^\n]*\.long\(\)'), ([True], r'sequences\[1\] is torch.bool, not integers'),
+    ('ab', r'sequences\[1\] is no row of integers \(str: [^\n]*as to_bytes makes'), (None, r'no row of integers \(NoneType: '), ([[1], [2, 3]], r'no row of integers \(list: '),
+    ([[1], [2]], r'sequences\[1\] has shape \(2, 1\), it must be \(n\)'), (3, r'sequences\[1\] has shape \(\), it must be \(n\)')])
+def test_what_is_no_sequence(make, wrong, says):
+    with pytest.raises((TypeError, ValueError), match=says): make([[1], wrong])
+
+def test_an_end_inside_of_a_sequence():
+    with pytest.raises(ValueError, match=r'end=2 stands in sequences\[1\]'): packed_rows([[1], [1, 2]], 5, end=2)
+    with pytest.raises(TypeError, match='end=1.5 must be a whole number'): packed_rows([[1]], 5, end=1.5)
 
 def test_batches_do_not_depend_on_the_program():
     "The same bytes in another process, after other draws, from another number of threads"

@@ -155,6 +155,22 @@ def test_on_the_weights_of_a_language_model(options):
         with torch.no_grad(): model.net.token_emb.weight.add_(1)
         assert lm.token_emb.weight.mean()<.5   # a copy
 
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('pooled', (False, True))
+def test_gradients_of_a_series_whose_padding_is_nan(pooled):
+    "Where nothing was measured there is no target either"
+    kind = 'number' if pooled else 'numbers'
+    real = (torch.arange(n)<torch.tensor([[n],[n-8]]))
+    grads = []
+    for fill in (0., torch.nan, torch.inf):
+        model,y = new(kind),targets(kind)
+        if not pooled: y = y.masked_fill(~real[...,None], fill)
+        model.loss(data(kind).masked_fill(~real[...,None], fill), y, real).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert grads[0].isfinite().all() and grads[0].any()
+    for o in grads[1:]: assert torch.equal(o, grads[0])
+
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('make,error,says', [
@@ -171,6 +187,8 @@ def test_on_the_weights_of_a_language_model(options):
     (lambda: new('numbers')(tokens()), TypeError, 'x is torch.int64, but must hold float numbers'),
     (lambda: new('numbers')(data('numbers')[...,:3]), ValueError, r'it must be \(b, n, 4\)'),
     (lambda: new('number').loss(data('number'), torch.zeros(2, n, 2)), ValueError, r'targets have shape \(2, 21, 2\), the predictions \(2, 2\)'),
+    (lambda: new('numbers').loss(data('numbers'), targets('numbers'), torch.zeros(2, n, dtype=torch.bool)), ValueError, r'x \(2, 21, 4\) holds nothing that was measured'),
+    (lambda: new('numbers').loss(data('numbers')[:,:0], targets('numbers')[:,:0]), ValueError, r'x \(2, 0, 4\) holds nothing that was measured'),
     (lambda: new('classes').loss(tokens(), torch.tensor([0, 3])), ValueError, 'label 3 is none of the 3 numbers'),
     (lambda: new('classes').loss(tokens(), torch.tensor([[0, 1]])), ValueError, r'labels have shape \(1, 2\), they must be \(2,\)'),
     (lambda: new('tags').loss(tokens(), torch.zeros(2, n)), TypeError, 'labels are torch.float32, not integers'),

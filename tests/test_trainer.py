@@ -1,8 +1,11 @@
 "Runs under hard conditions: killed at random moments, spread over processes, on a full disk"
-import json, math, os, random, signal, subprocess, sys, textwrap, time
+import json, math, os, random, shutil, signal, subprocess, sys, textwrap, time
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,6 +14,7 @@ from reformer_nb.batches import segment_at
 from reformer_nb.checkpoints import read_weights
 from reformer_nb.data import Corpus
 from reformer_nb.language_model import ReformerLM
+from reformer_nb.run_state import read_checkpoint
 from reformer_nb.trainer import Trainer
 from reformer_nb.training import TrainSettings, bits_per_byte, learning_rate, make_optimizer
 
@@ -124,6 +128,44 @@ def test_learns_and_resumes_in_every_way(tmp_path, how):
 def test_fp16_needs_a_device():
     with pytest.raises(ValueError, match=r"\Aprecision='fp16' [^\n]*; use 'bf16'[^\n]*\Z"):
         Trainer(strict_model(), words, replace(drawn, precision='fp16', tensorboard=False), show=False)
+
+def forget(folder, after):
+    "As if the run had been killed after this step; what it wrote then is the whole run's"
+    for path in (folder/'checkpoints').glob('step-*'):
+        if int(path.stem[5:])>after: path.unlink()
+
+def lazy_model(skip=.8, **options):
+    "Whose blocks are skipped most of the time"
+    torch.manual_seed(0)
+    return ReformerLM(128, 16, 4, 64, heads=2, dim_head=8, bucket_size=8, n_hashes=2, causal=True, layer_dropout=skip, **options)
+
+@pytest.mark.parametrize('optimizer', ['adamw', 'adafactor'])
+def test_resumes_with_blocks_that_no_step_has_used(tmp_path, optimizer):
+    "Their weights have no averages in a checkpoint, and get none"
+    s = TrainSettings(seq_len=64, batch_size=2, steps=12, save_every=2, keep=9, optimizer=optimizer)
+    def fit(folder): return Trainer(lazy_model(), words, s, out=folder, show=False).fit(resume=True)
+    fit(tmp_path/'whole'), shutil.copytree(tmp_path/'whole', tmp_path/'again')
+    forget(tmp_path/'again', after=2)
+    tensors = read_checkpoint(tmp_path/'again'/'checkpoints'/'step-000000002.safetensors')[0]
+    known = {k.split('.', 1)[1].rpartition('.')[0] for k in tensors if k.startswith('optimizer.')}
+    assert 0<len(known)<len([*lazy_model().parameters()])
+    fit(tmp_path/'again')
+    same_run(tmp_path/'again', tmp_path/'whole')
+    last = [read_checkpoint(tmp_path/o/'checkpoints'/'step-000000012.safetensors')[0] for o in ('again', 'whole')]
+    assert last[0].keys()==last[1].keys() and all(torch.equal(o, last[1][k]) for k,o in last[0].items())
+
+@pytest.mark.parametrize('first', [False, True], ids=['thawed', 'frozen'])
+def test_resumes_with_other_weights_frozen(tmp_path, first):
+    "Weights that begin to learn have no averages yet; those that no longer learn stay as they are"
+    before = None
+    for steps,learns in ((2, first), (4, not first)):
+        model = lazy_model(skip=0.)
+        weight = model.token_emb.weight.requires_grad_(learns)
+        trainer = Trainer(model, words, TrainSettings(seq_len=64, batch_size=2, steps=steps), out=tmp_path, show=False)
+        assert len(trainer.fit(resume=True))==steps
+        if before is not None: assert torch.equal(before, weight) is first
+        before = weight.detach().clone()
+    assert {int(o['step']) for p,o in trainer.opt.state.items() if p is weight}==({2} if learns else set())
 
 # ---- texts that go on -----------------------------------------------------------------------------------------------
 
@@ -256,6 +298,91 @@ def test_files_of_others_among_its_own(tmp_path):
     (tmp_path/'model.safetensors').rename(tmp_path/'checkpoints'/'step-000000009.safetensors')
     with pytest.raises(ValueError, match='step-000000009.safetensors is no checkpoint of a run; remove it'): fit(5)
 
+class Judged(Trainer):
+    "Is measured as it is told"
+    def __init__(self, found, **options):
+        settings = TrainSettings(seq_len=64, batch_size=2, steps=len(found), save_every=1, eval_every=1, keep=2)
+        super().__init__(strict_model(), words, settings, show=False, **options)
+        self.found = found
+    def evaluate(self):
+        with patch('reformer_nb.trainer.bits_per_byte', lambda *args, **options: self.found[self.step-1]): return super().evaluate()
+
+def flip(path): path.write_bytes(path.read_bytes()[:-1]+bytes([path.read_bytes()[-1]^1]))
+
+def test_the_best_of_every_kept_checkpoint_is_kept(tmp_path):
+    "Also of one that is gone back to, when a later one was better"
+    first = Judged([5., 6., 4.], out=tmp_path)
+    first.fit()
+    assert first.store.steps()==[1, 2, 3]
+    flip(first.store.path(3))
+    second = Judged([5., 6., 7., 7.], out=tmp_path)
+    with pytest.warns(UserWarning, match='step-000000003.safetensors is damaged'): second.fit(resume=True)
+    assert second.best==dict(step=1, bits_per_byte=5.) and second.store.steps()==[1, 3, 4]
+    best = read_checkpoint(second.store.path(1))[0]
+    for k,o in ReformerLM.from_pretrained(tmp_path).named_parameters(): assert torch.equal(o, best[f'model.{k}'])
+    assert json.loads((tmp_path/'training.json').read_text())['best']['step']==1
+    for falling in (range(9, 0, -1), range(1, 10)):   # at most the best of the oldest of two is a third
+        run = Judged([*map(float, falling)], out=tmp_path/str(falling[0]))
+        run.fit()
+        assert run.store.steps()==([8, 9] if falling[0]==9 else [1, 8, 9])
+
+@pytest.mark.parametrize('hurt', [Path.unlink, flip, lambda path: path.write_bytes(b'')], ids=['gone', 'flipped', 'empty'])
+def test_a_best_checkpoint_that_cannot_be_read(tmp_path, hurt):
+    "The run says so at once, looks for another best, and leaves a model in any case"
+    run = Judged([1., 2., 3.], out=tmp_path)
+    run.fit()
+    hurt(run.store.path(1))
+    run = Judged([1., 2., 3., 7., 8.], out=tmp_path)
+    with pytest.warns(UserWarning, match=r'the best evaluation, that of step 1, counts no longer: [^\n]*step-000000001.safetensors is (missing|damaged)'): run.fit(resume=True)
+    assert run.best==dict(step=4, bits_per_byte=7.) and run.store.steps()==[4, 5]
+    best = read_checkpoint(run.store.path(4))[0]
+    for k,o in ReformerLM.from_pretrained(tmp_path).named_parameters(): assert torch.equal(o, best[f'model.{k}'])
+
+def test_a_best_checkpoint_that_is_lost_while_the_run_goes_on(tmp_path):
+    run = Judged([1., 2., 3.], out=tmp_path)
+    ended = run.ended
+    run.ended = lambda asked: run.step==3 and not run.store.path(1).unlink() or ended(asked)
+    with pytest.warns(UserWarning, match='step-000000001.safetensors is missing'): run.fit()
+    assert json.loads((tmp_path/'training.json').read_text())['best'] is None
+    for k,o in ReformerLM.from_pretrained(tmp_path).named_parameters(): assert torch.equal(o, dict(run.model.named_parameters())[k])
+
+def test_nan_is_never_the_best(tmp_path):
+    "Nor infinity; a checkpoint of before that says so is not believed"
+    run = Judged([math.nan, math.inf, 5., math.nan, 6.], out=tmp_path)
+    run.fit()
+    assert run.best==dict(step=3, bits_per_byte=5.)
+    run = Judged([math.nan]*2)
+    run.fit()
+    assert run.best is None
+    run.best,run.found,run.step = dict(step=1, bits_per_byte=math.nan),[5.],1
+    assert run.evaluate()==5. and run.best['bits_per_byte']==5.
+
+# ---- numbers and texts of other kinds -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('kind', [np.float32, np.float64, Fraction])
+def test_numbers_of_other_kinds(tmp_path, kind):
+    "The run is that of floats"
+    numbers = dict(lr=.0078125, warmup=.125, weight_decay=.0625, clip=.5, minutes=5)   # the same in all kinds
+    given = TrainSettings(seq_len=64, batch_size=2, steps=2, **{k: kind(o) for k,o in numbers.items()})
+    assert given==TrainSettings(seq_len=64, batch_size=2, steps=2, **numbers)
+    assert {type(getattr(given, k)) for k in numbers}=={float}
+    Trainer(strict_model(), words, given, out=tmp_path, show=False).fit()
+    assert json.loads((tmp_path/'training.json').read_text())['settings']['lr']==.0078125
+
+@pytest.mark.parametrize('wrong,says', [(dict(seq_len=np.int64(64)), r'must be a whole number \(int\)'), (dict(carry_state=np.bool_(True)), 'carry_state=.*must be True or False'),
+                                        (dict(shard='no'), "shard='no' must be True or False"), (dict(tensorboard=1), 'tensorboard=1 must be True or False')])
+def test_settings_that_could_not_be_written(wrong, says):
+    with pytest.raises(TypeError, match=says): TrainSettings(steps=1, **wrong)
+
+def test_texts_that_do_not_lie_in_one_piece(tmp_path):
+    "Every second byte of something, or a column, is a text like any other"
+    text = torch.stack([words.train, words.train.flip(0)], 1)
+    s = replace(drawn, tensorboard=False)
+    for name,corpus in dict(whole=words, column=Corpus('words', text[:,0], *[words.valid.repeat_interleave(2)[::2]]*2)).items():
+        Trainer(strict_model(), corpus, s, out=tmp_path/name, show=False).fit()
+    same_run(tmp_path/'whole', tmp_path/'column')
+    Trainer(strict_model(), words, replace(s, steps=5), out=tmp_path/'column', show=False).fit(resume=True)   # the same text
+
 # ---- several processes ---------------------------------------------------------------------------------------------
 
 spread = common + textwrap.dedent('''
@@ -318,6 +445,19 @@ def test_sharded_by_fsdp(script, tmp_path):
     torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
     a,b = (dict(ReformerLM.from_pretrained(tmp_path/o).named_parameters()) for o in ('one', 'two'))
     for k,o in a.items(): torch.testing.assert_close(b[k], o, rtol=0, atol=1e-9)
+
+@no_gloo
+@pytest.mark.parametrize('how', ['plain', 'shard'])
+def test_processes_resume_with_blocks_that_no_step_has_used(script, tmp_path, how):
+    lazy = "model(weight_tie=True)", "model(layer_dropout=.5)"
+    script.write_text(spread.replace(*lazy).replace('fit()', 'fit(resume=True)').replace('save_every=5', 'save_every=1, keep=9'))
+    for again in (False, True):
+        if again: shutil.copytree(tmp_path/'whole', tmp_path/'again'), forget(tmp_path/'again', after=1)
+        code,_,complaint = torchrun(script, tmp_path/('again' if again else 'whole'), 6, how)
+        assert code==0, complaint[-2000:]
+    same_run(tmp_path/'again', tmp_path/'whole')
+    steps = [read_checkpoint(tmp_path/'again'/'checkpoints'/f'step-{o:09}.safetensors')[0] for o in (1, 6)]
+    assert steps[0].keys()<steps[1].keys()   # a block of the second half of the run only
 
 @no_gloo
 def test_a_killed_worker_leaves_a_checkpoint(script, tmp_path):
