@@ -113,7 +113,7 @@ def seed_out_of_range_in_a_file(home):
     (home/'run.toml').write_text(f'seed = {-10**23}')
     return train(home, '--config', home/'run.toml', out='new')
 
-def wider_than_memory(home): return train(home, '--dim', 4_000_000, out='new')
+def wider_than_memory(home): return train(home, '--dim', 4*10**13, out='new')
 
 def wider_than_numbers_are(home): return train(home, '--dim', 2**62, out='new')
 
