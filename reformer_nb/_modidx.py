@@ -472,6 +472,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
                                       'reformer_nb.imported.read_json': ('imported.html#read_json', 'reformer_nb/imported.py'),
                                       'reformer_nb.imported.read_source': ('imported.html#read_source', 'reformer_nb/imported.py'),
                                       'reformer_nb.imported.task_of': ('imported.html#task_of', 'reformer_nb/imported.py'),
+                                      'reformer_nb.imported.tell_of_bias': ('imported.html#tell_of_bias', 'reformer_nb/imported.py'),
                                       'reformer_nb.imported.to_huggingface': ('imported.html#to_huggingface', 'reformer_nb/imported.py')},
             'reformer_nb.in_blocks': { 'reformer_nb.in_blocks.Blocks': ('in_blocks.html#blocks', 'reformer_nb/in_blocks.py'),
                                        'reformer_nb.in_blocks.Blocks.split': ('in_blocks.html#blocks.split', 'reformer_nb/in_blocks.py'),
