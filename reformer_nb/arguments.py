@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['model_flags', 'own_defaults', 'default_minutes', 'OneLineParser', 'flag', 'settings_help', 'or_none', 'add_setting',
-           'add_train', 'add_plan', 'make_parser', 'check_config', 'parse']
+           'add_train', 'add_plan', 'make_parser', 'check_config', 'check_numbers', 'parse']
 
 # %% ../nbs/20b_arguments.ipynb #imports
 import argparse, difflib, inspect, re, tomllib
@@ -140,6 +140,13 @@ def check_config(
             raise ValueError(f'{path}: {k} = {value!r} has the wrong type; write it as a {"list" if k=="files" else "number" if isinstance(wanted, tuple) else wanted.__name__}')
 
 # %% ../nbs/20b_arguments.ipynb #parse
+def check_numbers(
+    o:argparse.Namespace, # what was said
+)->None:
+    "Refuse whole numbers that PyTorch cannot hold"
+    for k,value in vars(o).items():
+        if type(value) is int and abs(value)>=2**63: raise ValueError(f'{k}={value} is out of range; give a whole number from 0 to 2**63-1')
+
 def parse(
     args:list|None=None, # words of the command line; None takes those of the process
 )->argparse.Namespace:
@@ -152,10 +159,11 @@ def parse(
         near = difflib.get_close_matches(word.split('=')[0], [flag(k) for k in known], 1)
         command.error(f'unknown argument {word}' + (f', did you mean {near[0]}?' if near else ''))
     if getattr(o, 'config', None):
-        try: given = tomllib.loads(Path(o.config).read_text(encoding='utf-8'))
+        try: given = tomllib.loads(Path(o.config).read_text(encoding='utf-8-sig'))   # editors may put a mark in front
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e: raise ValueError(f'{o.config} is no TOML: {e}; see https://toml.io') from None
         check_config(given, known, o.config)
         command.set_defaults(**given)
         o = parser.parse_args(args)
+    check_numbers(o)
     if o.command=='train' and o.steps is None and o.minutes is None: o.minutes = default_minutes
     return o

@@ -160,5 +160,5 @@ def run_program(
     argv = [str(o) for o in (sys.argv[1:] if argv is None else argv)]
     if not argv: raise ValueError('argv is empty; give the path of a program, and its arguments behind it')
     install()
-    sys.argv,sys.path[0] = argv,os.path.dirname(os.path.abspath(argv[0]))   # as Python does
+    sys.argv,sys.path[0] = argv,os.path.dirname(os.path.realpath(argv[0]))   # where a link leads, as Python does
     runpy.run_path(argv[0], run_name='__main__')

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['weight_files', 'read_file', 'read_json', 'read_directory', 'read_source', 'new_model', 'from_huggingface', 'task_of',
-           'to_huggingface']
+           'tell_of_bias', 'to_huggingface']
 
 # %% ../nbs/16e_imported.ipynb #imports
-import json
+import json, warnings
 from pathlib import Path
 import torch
 from .atomic import write_atomic
@@ -16,7 +16,7 @@ from .hub import local_directory
 from .language_model import ReformerLM
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 # %% ../nbs/16e_imported.ipynb #read-file
 def read_file(
@@ -115,11 +115,19 @@ def task_of(
     if name in kinds: return kinds[name],model.net.config
     raise TypeError(f'a {name} is none of the models of Hugging Face; pass a ReformerLM, {", ".join(kinds)}')
 
+def tell_of_bias(
+    bias:Tensor|None, # (v) of the logits
+)->None:
+    "Warn of a bias that release 5 of transformers does not add"
+    if bias is not None and bias.any():
+        warnings.warn(f'release 5 of transformers reads lm_head.bias and does not add it, so its logits differ by up to {bias.abs().max():.2g}; '
+                      'add it there, as in model(tokens).logits + model.lm_head.bias, or use release 4, which does', stacklevel=4)
+
 def to_huggingface(
     model:nn.Module, # a language model, or one for a task
     directory:str|Path, # made if it is not there
 )->None:
-    "Write `config.json` and `model.safetensors` as transformers reads them"
+    "Write `config.json` and `model.safetensors` as transformers reads them; its release 5 ignores the bias of the logits, of which a warning tells"
     task,options = task_of(model)
     config = their_config(options, task)
     check_writable(dict(options), config)
@@ -132,6 +140,7 @@ def to_huggingface(
     sides,tensors = len(options['axial_position_shape'] or ()),{}
     for k,o in own_tensors(model, task).items():
         tensors[k if k.startswith(head_names) else prefix+k] = on_grid(k, o, sides).detach().cpu().contiguous()
+    tell_of_bias(tensors.get('lm_head.bias'))
     config['torch_dtype'] = str(next(iter(tensors.values())).dtype).removeprefix('torch.')
     write_atomic(Path(directory)/'model.safetensors', lambda path: save_file(tensors, path, dict(format='pt')))
     write_atomic(Path(directory)/'config.json', lambda path: path.write_text(json.dumps(config, indent=1)+'\n', encoding='utf-8'))

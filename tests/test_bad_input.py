@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from reformer_nb.checkpoints import fingerprint, read_weights, save_pretrained
-from reformer_nb.cli import main
+from reformer_nb.cli import main, write_on
 from reformer_nb.language_model import ReformerLM
 from safetensors.torch import save_file
 
@@ -99,9 +99,23 @@ def empty_batch(home): return train(home, '--batch-size', 0)
 
 def empty_prompt(home): return 'generate', home/'run', '--prompt', ''
 
-def bytes_beyond_the_vocabulary(home):
+def vocabulary_without_some_bytes(home):
     save_pretrained(new_model(), home/'ascii')
     return 'generate', home/'ascii', '--prompt', 'é'
+
+def tokens_that_are_no_bytes(home):
+    save_pretrained(new_model(num_tokens=300), home/'words')
+    return 'evaluate', home/'words', '--data', home/'text.txt'
+
+def seed_out_of_range(home): return train(home, '--seed', 10**23, out='new')
+
+def seed_out_of_range_in_a_file(home):
+    (home/'run.toml').write_text(f'seed = {-10**23}')
+    return train(home, '--config', home/'run.toml', out='new')
+
+def wider_than_memory(home): return train(home, '--dim', 4*10**13, out='new')
+
+def wider_than_numbers_are(home): return train(home, '--dim', 2**62, out='new')
 
 def sequence_beyond_the_data(home): return train(home, '--seq-len', 99_999, out='new')
 
@@ -111,7 +125,10 @@ cases = {missing_file: 'nowhere.txt', missing_checkpoint: 'model.safetensors is 
          run_of_another_shape: 'holds a run with dim=16, this one has 32', finished_run: 'holds a run; choose another folder',
          weights_of_another_shape: 'other tensors do not fit a ReformerLM', truncated_weights: 'model.safetensors is damaged',
          corrupted_json: 'config.json contradicts model.safetensors', out_is_a_file: 'text.txt', empty_batch: 'batch_size=0 must be at least 1',
-         empty_prompt: "prompt='' is empty", bytes_beyond_the_vocabulary: 'outside the vocabulary of num_tokens=128',
+         empty_prompt: "prompt='' is empty", vocabulary_without_some_bytes: 'ascii has num_tokens=128, the command reads and writes the 256 values of a byte',
+         tokens_that_are_no_bytes: 'words has num_tokens=300, the command', seed_out_of_range: f'seed={10**23} is out of range; give a whole number from 0 to 2**63-1',
+         seed_out_of_range_in_a_file: f'seed={-10**23} is out of range; give a whole number from 0 to 2**63-1',
+         wider_than_memory: 'does not fit in memory; try a smaller dim,', wider_than_numbers_are: 'does not fit in memory; try a smaller dim,',
          sequence_beyond_the_data: 'too few for seq_len=99999; give more text'}
 
 @pytest.mark.parametrize('case', cases, ids=lambda case: case.__name__)
@@ -122,6 +139,29 @@ def test_commands(home, case, capsys):
     told = capsys.readouterr().err
     assert told.startswith('reformer-nb') and told.count('\n')==1 and cases[case] in told and 'Errno' not in told
     assert contents(home)==before
+
+def test_a_step_longer_than_the_run(home, capsys):
+    assert command(*train(home, '--minutes', .0001, '--steps', 'none', '--dry-run', out='new'))==0
+    assert 'not one step fits into 0.0001 minutes' in capsys.readouterr().out and not (home/'new').exists()
+
+def test_a_prompt_that_is_no_text(home, capsys):
+    "Bytes that a shell hands on are those that the model reads; a character may be ended by the model"
+    prompt = os.fsdecode(b'a\xff')
+    assert command('generate', home/'run', '--prompt', prompt, '--length', 3)==0
+    assert capsys.readouterr().out.startswith('a\ufffd')
+    model = ReformerLM.from_pretrained(home/'run')
+    torch.nn.init.zeros_(model.to_logits.weight)
+    with torch.no_grad(): model.to_logits.bias.fill_(-9).index_fill_(0, torch.tensor(0xa9), 9.)
+    assert ''.join(write_on(model, os.fsdecode(b'caf\xc3'), 1))=='café'
+
+@pytest.mark.skipif(os.name!='posix', reason='pipes')
+@pytest.mark.parametrize('words', [['--stream'], []])
+def test_a_reader_that_has_enough(home, words):
+    "As in `reformer-nb generate … | head -c 9`"
+    process = subprocess.Popen([sys.executable, '-c', entry, 'generate', str(home/'run'), '--length', '9', *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    told = process.stderr.read()
+    assert (process.wait(), told)==(141, b'')
 
 def test_exit_code_of_the_process(home):
     done = subprocess.run([sys.executable, '-c', entry, 'generate', str(home)], capture_output=True, text=True)

@@ -63,6 +63,10 @@ if __name__=='__main__':
     command = [sys.executable, '-c', 'from reformer_nb.compat import run_program; run_program()']
     res = subprocess.run([*command, tmp_path/'train.py', '--lr', '1'], capture_output=True, text=True)
     assert res.stdout=="['--lr', '1'] reformer_nb.stand_ins\n", res.stderr
+    (tmp_path/'links').mkdir()
+    (tmp_path/'links'/'run.py').symlink_to(tmp_path/'train.py')   # Python looks beside the file, not beside the link
+    res = subprocess.run([*command, tmp_path/'links'/'run.py'], capture_output=True, text=True)
+    assert res.stdout=='[] reformer_nb.stand_ins\n', res.stderr
     for args,says in (([], 'path of a program'), ([tmp_path/'no.py'], 'no.py')):
         res = subprocess.run([*command, *args], capture_output=True, text=True)
         assert res.returncode and says in res.stderr.splitlines()[-1], res.stderr

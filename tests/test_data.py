@@ -195,6 +195,17 @@ def test_links_and_pipes(tmp_path):
     os.mkfifo(tmp_path/'pipe')
     assert len(files_corpus([tmp_path]).train)==90
 
+@pytest.mark.skipif(not os.path.exists('/dev/fd'), reason='pipes by name')
+def test_a_pipe_is_read_once(tmp_path):
+    "As in `cat text.txt | reformer-nb train /dev/stdin` and `train <(cat text.txt)`"
+    def piped(**options):
+        ends = os.pipe()
+        os.write(ends[1], b'x'*100), os.close(ends[1])
+        try: return files_corpus([f'/dev/fd/{ends[0]}'], **options)
+        finally: os.close(ends[0])
+    assert len(piped().train)==90 and piped().name.isdigit()
+    with pytest.raises(ValueError, match='/dev/fd/[0-9]+ can be read once only, so it cannot be mapped'): piped(mapped=True)
+
 @pytest.mark.skipif(os.name!='posix' or os.geteuid()==0, reason='root reads everything')
 @pytest.mark.parametrize('name', ['folder', 'folder/a.txt'])
 def test_may_not_be_read(tmp_path, name):
@@ -235,6 +246,15 @@ def test_mapped_text_is_the_same(cache, tmp_path, k):
     assert len(os.listdir(cache/'joined'))>kept
 
 @pytest.mark.skipif(sys.platform!='linux', reason='memory is read from /proc')
+@pytest.mark.parametrize('where', ['here', 'there'])
+def test_files_of_one_name(cache, tmp_path, where):
+    "Their order depends on what is in them, mapped or not, and not on where they lie"
+    names = 'ab' if where=='here' else 'ba'
+    for folder,word in zip(names, ('zzzz ', 'aaaa ')): (tmp_path/where/folder).mkdir(parents=True) or (tmp_path/where/folder/'readme.txt').write_text(word*50)
+    for order in ('ab', 'ba'):
+        found = [files_corpus([tmp_path/where/o for o in order], mapped=k) for k in (False, True)]
+        for corpus in found: assert (bytes(corpus.train[:4].tolist()), len(corpus.train))==(b'zzzz', 450)
+
 def test_mapped_text_takes_no_memory(tmp_path):
     def resident(): return int(Path('/proc/self/statm').read_text().split()[1])*os.sysconf('SC_PAGE_SIZE')
     with open(tmp_path/'large', 'wb') as f: f.truncate(2**31)

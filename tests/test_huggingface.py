@@ -1,4 +1,5 @@
 "Reformers of Hugging Face, loaded here: the same numbers; and what is wrong there is right here"
+import warnings
 from itertools import product
 import pytest
 import torch
@@ -309,6 +310,26 @@ def test_b1_the_bias_of_the_logits_is_applied():
     assert theirs.lm_head.bias.abs().max()>.1
     ours.loss(tokens).backward()
     assert ours.to_logits.bias.grad.abs().max()>0
+
+@pytest.mark.parametrize('task', tasks)
+def test_b1_a_bias_that_is_written_is_told(task, tmp_path):
+    "Unless it is zero, or the task has none; what the warning advises helps, and so does the norm before, which can hold it"
+    theirs,ours = pair(2+tasks.index(task), task)
+    if task in ('causal_lm', 'masked_lm'):
+        last = (lm := getattr(ours, 'net', ours)).to_logits
+        torch.nn.init.constant_(last.bias, -.5)
+        with pytest.warns(UserWarning, match=r'lm_head.bias and does not add it, so its logits differ by up to 0.5; add it there'): ours.to_huggingface(tmp_path)
+        there = hf.classes[task].from_pretrained(tmp_path).eval()
+        tokens = draw(theirs.config, 48)
+        with torch.no_grad(), hf.single_draws(): close(hf.our_outputs(ours, task, tokens), there(tokens).logits + there.lm_head.bias)
+        with torch.no_grad(), hf.single_draws():
+            before = hf.our_outputs(ours, task, tokens)
+            lm.norm.bias += torch.linalg.pinv(last.weight) @ last.bias
+            last.bias.zero_()
+            close(hf.our_outputs(ours, task, tokens), before)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        ours.to_huggingface(tmp_path)
 
 @pytest.mark.parametrize('layers', [['lsh']*3, ['local','lsh','local'], ['local']*2])
 def test_b2_gradients_are_right_with_dropout(layers):
