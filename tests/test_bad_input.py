@@ -3,6 +3,7 @@ import os, subprocess, sys, textwrap
 from pathlib import Path
 import pytest
 import torch
+from reformer_nb.arguments import parse
 from reformer_nb.checkpoints import fingerprint, read_weights, save_pretrained
 from reformer_nb.cli import main, write_on
 from reformer_nb.language_model import ReformerLM
@@ -272,3 +273,7 @@ def test_tensors(options, tokens, kind, says):
 def test_lists():
     with pytest.raises(TypeError, match='tokens are of type list, not a tensor; pass'): new_model()([[1, 2]])
     with pytest.raises(TypeError, match='tokens are of type list, not a tensor; pass'): new_model().loss([[1, 2]])
+
+def test_a_byte_order_mark_before_settings(tmp_path):
+    (tmp_path/'run.toml').write_bytes(b'\xef\xbb\xbfsteps = 2\n')
+    assert parse(['train', '--config', str(tmp_path/'run.toml')]).steps==2
