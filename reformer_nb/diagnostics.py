@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Verdict', 'quiet_copy', 'first_tensor', 'in_double', 'answer', 'weigh', 'Trial', 'compare_gradients', 'slope_errors',
-           'check_gradients', 'other_values', 'deviations', 'outputs_of', 'cut_argument', 'check_padding',
-           'check_causality']
+           'check_gradients', 'other_values', 'deviations', 'outputs_of', 'steady_answer', 'cut_argument',
+           'check_padding', 'check_causality']
 
 # %% ../nbs/15_diagnostics.ipynb #imports
 import copy, math
@@ -198,6 +198,22 @@ def outputs_of(
     raise ValueError(f'the model returned {tuple(out.shape)} for an input {tuple(x.shape)}, not an output for each of its (b, n) positions; '
                      'pass a function that returns those')
 
+# %% ../nbs/15_diagnostics.ipynb #steady
+def steady_answer(
+    fn:Callable, # from `quiet_copy`
+    x:Tensor, # (b, n) tokens or (b, n, e) vectors
+    named:dict, # keyword arguments
+    *,
+    redraw:bool=False, # whether torch's random numbers must not matter either
+)->Tensor: # (b, n, ...)
+    "The outputs of a call; refuses a model that gives others the next time"
+    out = outputs_of(answer(fn, x, **named), x)
+    with replay_rng(rng_state(x.device), x.device):
+        if redraw: torch.rand(1), torch.rand(1, device=x.device)
+        again = answer(fn, x, **named)
+    if torch.equal(out, again): return out
+    raise ValueError('the model gives another output at each call, so nothing can be compared; put it into eval mode, give it a hash_seed, or seed what it draws')
+
 # %% ../nbs/15_diagnostics.ipynb #cut-argument
 def cut_argument(
     name:str, # of an argument
@@ -205,6 +221,7 @@ def cut_argument(
     x:Tensor, # (b, n) tokens or (b, n, e) vectors, the batch
     row:int, # number of a row
     length:int, # its real tokens
+    mask_name:str='input_mask', # the argument that takes the mask, for the message
 )->object: # the argument for this row by itself
     "A keyword argument of one row without padding; refuses a tensor that may belong to positions or not"
     b,n = x.shape[:2]
@@ -212,8 +229,11 @@ def cut_argument(
     if name=='pos_emb': return value[:length] if value.ndim==2 else value[row:row+1,:length]
     if name=='input_attn_mask': return torch.cat([value[row:row+1,:length,:length], value[row:row+1,:length,n:]], dim=-1)
     if name not in ('keys', 'context_mask') and n in value.shape:
-        raise ValueError(f'{name} {tuple(value.shape)} has an axis of {n}, as long as x, so whether to cut it to the real tokens is not known; pass one row x[:1], '
-                         f'and a function that cuts it, such as lambda x, input_mask=None: model(x, input_mask=input_mask, {name}={name}[{":, "*value.shape.index(n)}:x.shape[1]])')
+        before = [':']*value.shape.index(n)
+        if before and len(value)==b>1: before[0] = ':1'
+        raise ValueError(f'{name} {tuple(value.shape)} has an axis of {n}, as long as x, so whether to cut it to the real tokens is not known; put the model into eval mode, '
+                         f'and pass one row x[:1] and a function that cuts it, such as lambda x, {mask_name}=None: '
+                         f'model(x, {mask_name}={mask_name}, {name}={name}[{", ".join([*before, ":x.shape[1]"])}])')
     return value[row:row+1] if len(value)==b else value
 
 # %% ../nbs/15_diagnostics.ipynb #check-padding
@@ -229,7 +249,8 @@ def check_padding(
     fn,(b,n),gen = quiet_copy(model),x.shape[:2],torch.Generator().manual_seed(0)
     if n<2: raise ValueError(f'x {tuple(x.shape)} has one position, so none can be padding; give two or more')
     real = [max(1, n-1-(i+1)*n//(2*b+1)) for i in range(b)]   # tokens that each row keeps
-    alone = [{name: cut_argument(name, o, x, i, k) for name,o in named.items()} for i,k in enumerate(real)]
+    alone = [{name: cut_argument(name, o, x, i, k, mask_name) for name,o in named.items()} for i,k in enumerate(real)]
+    steady_answer(fn, x, named, redraw=True)
     mask,errors,first = torch.arange(n, device=x.device)<torch.tensor(real, device=x.device)[:,None],{},None
     for contents in ('unlike tokens', 'other unlike tokens'):
         filled = torch.where(mask.view(b, n, *[1]*(x.ndim-2)), x, other_values(x, gen))
@@ -256,9 +277,7 @@ def check_causality(
     check_int('draws', draws)
     fn,n,gen = quiet_copy(model),tokens.shape[1],torch.Generator().manual_seed(0)
     if n<2: raise ValueError(f'tokens {tuple(tokens.shape)} have no future; give two positions or more')
-    wanted = outputs_of(answer(fn, tokens, **named), tokens)
-    if not torch.equal(wanted, answer(fn, tokens, **named)):
-        raise ValueError('the model gives another output at each call, so nothing can be compared; put it into eval mode, or seed what it draws')
+    wanted = steady_answer(fn, tokens, named)
     errors,first = {},None
     for cut in sorted({1 + k*(n-1)//cuts for k in range(cuts)} | {n-1}):
         gaps = []

@@ -57,14 +57,17 @@ class SeriesRegressor(nn.Module, Pretrained):
 
     def loss(self,
         x:Tensor, # (b, n, channels) floats
-        targets:Tensor, # (b, n, k) floats, anything where nothing was measured; or (b, k) if `pooled`
+        targets:Tensor, # (b, n, k) floats, or (b, k) if `pooled`; anything where nothing was measured
         input_mask:Tensor|None=None, # (b, n) True or 1 where something was measured
     )->Tensor: # () mean square of the error
         "How far the predictions are off"
         found,real = self(x, input_mask),None if input_mask is None else as_mask(input_mask, x.shape[:2])
         if targets.shape!=found.shape: raise ValueError(f'targets have shape {tuple(targets.shape)}, the predictions {tuple(found.shape)}; give one number for each')
-        if real is not None and not self.config['pooled']: found,targets = found[real],targets[real]
-        if not found.numel(): raise ValueError(f'x {tuple(x.shape)} holds nothing that was measured; give one position at least where input_mask is True')
+        if real is not None:
+            keep = real.any(-1) if self.config['pooled'] else real
+            found,targets = found[keep],targets[keep]
+        if not found.numel():
+            raise ValueError(f'x {tuple(x.shape)} holds no position' + (', so there is no error' if real is None else ' where input_mask is True') + '; give one at least')
         return ((upcast(found)-targets)**2).mean()
 
 # %% ../nbs/19b_series.ipynb #d9ff1b00

@@ -122,6 +122,22 @@ def test_padding_refuses_what_it_cannot_cut():
     assert check_padding(lambda x, input_mask=None: Adds()(x, input_mask=input_mask, extra=row[:, :x.shape[1]]), x[:1])
     assert check_padding(Adds(), x[...,:7], extra=torch.randn(2, 1, 7)) and check_padding(Adds(), x[...,:7], extra=torch.randn(7)) and check_padding(Adds(), x, extra=torch.tensor(2.))
 
+    two = torch.randn(2, 24, 24)
+    with pytest.raises(ValueError, match=r'lambda x, mask=None: model\(x, mask=mask, extra=extra\[:1, :x.shape\[1\]\]\)'): check_padding(Adds(), x, mask_name='mask', extra=two)
+    assert check_padding(lambda x, mask=None: Adds()(x, extra=two[:1, :x.shape[1]]), x[:1], mask_name='mask')
+
+def test_a_model_that_draws_cannot_be_checked():
+    own = seeded()
+    for check in (check_padding, check_causality):
+        with pytest.raises(ValueError, match='another output at each call'): check(lambda t, input_mask=None: t + torch.rand(t.shape, generator=own), tokens)
+    model = new_model(ff_dropout=.5, use_full_attn=True).double().train()
+    def call(t, input_mask=None): return model(t, input_mask=input_mask)
+    with pytest.raises(ValueError, match='eval mode'): check_padding(call, tokens)   # a row by itself has other dropout
+    assert check_causality(call, tokens)   # which is replayed for inputs of one shape
+    model.eval()
+    assert check_padding(call, tokens)
+    with pytest.raises(ValueError, match='give it a hash_seed'): check_padding(new_model(hash_seed=None), tokens)
+
 def test_padding_that_leaks():
     class Mean(nn.Module):   # sees the whole row, padding included, but not from position 10 on
         def forward(self, x, input_mask=None):
@@ -196,7 +212,7 @@ def test_recall_equals_a_count(causal, duplicates):
 def full_weights(model, layer):
     "What a layer would attend to in full, given what it is fed"
     with torch.no_grad(), listen(model.eval()) as heard: model(tokens)
-    call = heard[layer][3]
+    call = heard[layer].call
     return call._replace(buckets=None).weights(torch.arange(24)) * ~torch.eye(24, dtype=torch.bool)
 
 def test_recall_of_own_buckets_is_that_of_the_recording():
@@ -239,6 +255,13 @@ def test_recall_of_other_rounds_hashes_as_the_block_does(options):
     for o,p in zip(asked, found, strict=True):
         if o['layer']==0: assert o==p   # what later layers are fed follows from the rounds of the first
 
+def test_recall_of_full_attention_hashes_as_the_layer_would():
+    "The index that a layer hashes with is its place in the model, whatever layers stand between"
+    options = dict(attn_layers=('local', 'lsh'))
+    asked = attention_recall(new_model(**options, use_full_attn=True), tokens, n_hashes=(2,))
+    found = attention_recall(new_model(**options), tokens)
+    assert asked==found
+
 def test_recall_without_a_seed_draws_as_the_layer_does():
     "Rounds that fit a hash without digits: other ones each time, and no split"
     layer = LSHSelfAttention(24, heads=2, bucket_size=4, n_hashes=2, hash_seed=None, full_attn_thres=0)
@@ -266,8 +289,7 @@ def test_recall_leaves_padding_out(count_padding):
     model = LSHSelfAttention(24, heads=2, bucket_size=4, n_buckets=4, causal=True, count_padding=count_padding).eval()
     real = torch.arange(24) < torch.tensor([[24], [7]])
     with torch.no_grad(), listen(model) as heard: model(torch.randn(2, 24, 24, generator=seeded()), input_mask=real)
-    (_,layer,raw,call,found,_index), = heard
-    mass,_ = row_recall(call, torch.arange(24), 3, found)
+    mass,_ = row_recall(heard[0].call, torch.arange(24), 3, heard[0].real)
     assert torch.equal(mass[:,:,1:].isnan().any(1), ~real[:,1:])   # the first token of a causal text sees nobody
-    again = rehash(layer, raw, call, 0, layer.hasher.n_hashes, 5, found)
+    again = rehash(heard[0], 2, 5)
     assert (again.buckets[1,:,:,7:]>=again.buckets[1,:,:,:7].amax()).all() and (again.buckets[1,:,:,7:]==again.buckets[1,:,:,7:].amax()).all()

@@ -3,7 +3,8 @@ import sys
 import pytest, torch
 from reformer_nb.cli import main
 from reformer_nb.language_model import ReformerLM
-from reformer_nb.planner import Plan, count_weights, extend, fit, kept_bytes, longest_row, make_plan, measure, plan, probe_limits, probe_sizes
+from reformer_nb.planner import Plan, extend, fit, longest_row, make_plan, plan, probe_limits, probe_sizes
+from reformer_nb.steps import count_weights, kept_bytes, measure
 
 small = dict(num_tokens=61, dim=32, depth=2, max_seq_len=257, heads=2, dim_head=16, bucket_size=16, n_hashes=2, causal=True)
 
@@ -120,3 +121,27 @@ def test_failures_are_told(capsys):
     with pytest.raises(ValueError, match='model lacks depth'): plan(dict(num_tokens=5, dim=8), 64)
     assert main('plan --budget -1'.split())==2 and 'budget=-1.0 must be above 0' in capsys.readouterr().err
     assert main('plan --heads 0'.split())==2 and capsys.readouterr().err.startswith('reformer-nb: heads=0 must be at least 1')
+
+@pytest.mark.parametrize('limit', ('reverse_thres', 'full_attn_thres'))
+def test_probes_run_as_the_step(monkeypatch, limit):
+    "A limit between probes and step: short probes would be plain, or attend fully, where the step does not"
+    seen = []
+    def note(cases, **_): return [seen.append(config.get(limit, 0)) or (1., 2**30) for config,*_ in cases]
+    monkeypatch.setattr('reformer_nb.planner.measure', note)
+    options = dict(small, depth=4, max_seq_len=1024, **{limit: 512})
+    plan(options, 1024, most=256, compare=False)
+    assert set(seen)=={0}
+    seen.clear()
+    plan(options, 512, most=256, compare=False)
+    assert set(seen)=={512}
+
+@pytest.mark.parametrize('options,each', ((dict(), 2*2*2), (dict(n_local_attn_heads=1), 2*1*2), (dict(use_full_attn=True), 0), (dict(reverse_thres=8192), 0)))
+def test_bucket_ids_of_further_layers(options, each):
+    "A reversible layer that is not probed adds its ids, in training alone"
+    def beyond_weights(depth, training):
+        config = dict(small, depth=depth, max_seq_len=8192, **options)
+        sizes = probe_sizes(config, 8192, 1, most=512)
+        same = [(1., 2**30 + kept_bytes(dict(config, depth=d), training)) for d,_,_ in sizes]
+        return make_plan(config, (8192, 1), training, None, {}, sizes, same).peak - kept_bytes(config, training)
+    assert beyond_weights(23, True)-beyond_weights(3, True)==pytest.approx(20*8192*each, abs=64)
+    assert beyond_weights(23, False)==pytest.approx(beyond_weights(3, False), abs=64)

@@ -74,6 +74,14 @@ def test_a_text_of_no_tokens_is_one_of_padding_alone(kind):
     assert torch.equal(model(x[:,:0], torch.zeros(2, 0, dtype=torch.bool)), want)
     assert loss(model, kind, x[:,:0]).isfinite()
 
+def test_a_series_without_measurements_has_no_error():
+    "Whatever its target is, and however many such series there are"
+    model,x,y,real = new('number').eval(),data('number'),targets('number'),torch.ones(2, n, dtype=torch.bool)
+    want = model.loss(x, y, real)
+    more,none = torch.cat([x, x[:1]]),torch.cat([real, ~real[:1]])
+    torch.testing.assert_close(model.loss(more, torch.cat([y, y[:1]*torch.nan]), none), want, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match='holds no position where input_mask is True'): model.loss(x, y, ~real)
+
 # ---- masking -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('rate', (0., .15, .9))
