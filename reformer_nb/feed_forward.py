@@ -136,7 +136,7 @@ class ChunkFunction(torch.autograd.Function):
         chunk,saved,wants = ctx.chunk,ctx.saved_tensors,(ctx.needs_input_grad[0], *ctx.needs_input_grad[3:])
         graph = dict(create_graph=torch.is_grad_enabled())
         with torch.enable_grad(), one_at_a_time(), ctx.then.replay():
-            x,*weights = [o.view_as(o) if want and o.requires_grad else o.detach().requires_grad_(want)   # frozen since: a leaf of its own
+            x,*weights = [o.view_as(o) if want and o.requires_grad else o.detach().requires_grad_(want)   # frozen since: made a leaf again
                           for o,want in zip(saved, wants)]
             buffers = [o.clone() for o in saved[len(wants):]]   # which the pieces may change
             tensors = dict(zip(ctx.names, [*weights, *buffers]))
@@ -174,11 +174,11 @@ class Chunk(nn.Module):
         "The same result as `fn(x)`, with hidden layers for one piece at a time, in the backward pass too"
         pieces = self.pieces(x)
         if pieces==1: return self.fn(x)
-        with one_at_a_time(): weights = list(named_weights(self).values())
-        wanted = torch.is_grad_enabled() and any(o.requires_grad for o in (x, *weights))
-        if not wanted or torch.compiler.is_compiling():
-            return in_pieces(self.fn, x, pieces, self.dim)
-        return ChunkFunction.apply(x, self, Circumstances(self.fn, x.device), *weights)
+        with one_at_a_time():
+            weights = list(named_weights(self).values())
+            wanted = torch.is_grad_enabled() and any(o.requires_grad for o in (x, *weights))
+            if not wanted or torch.compiler.is_compiling(): return in_pieces(self.fn, x, pieces, self.dim)
+            return ChunkFunction.apply(x, self, Circumstances(self.fn, x.device), *weights)
 
 # %% ../nbs/07_feed_forward.ipynb #scalenorm-code
 class ScaleNorm(nn.Module):

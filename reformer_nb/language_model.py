@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .core import Config, accept_names, as_mask, check_choice, check_int, check_rate, real_positions
 from .next_token import NextToken, as_tokens, check_tensor
 from .positions import AbsolutePositionalEmbedding, AxialPositionalEmbedding, FixedPositionalEmbedding, RotaryEmbedding
+from .replay import kinds_of_hook
 from .self_attention import UpstreamWeights
 from .reformer import HuggingFaceWeights, Pretrained, Reformer, old_arguments, old_names
 from .state import TextState
@@ -129,7 +130,7 @@ class TokenVectors(TokenLayers):
         before = 0 if state is None else state.count.to(tokens.device)[:,None]
         by_place = real is None or self.config['count_padding']
         positions = before + torch.arange(tokens.shape[1], device=tokens.device) if by_place else real_positions(real, before)
-        if (n := tokens.shape[1])>self.max_seq_len:
+        if state is None and (n := tokens.shape[1])>self.max_seq_len:
             raise ValueError(f'{n} tokens are more than max_seq_len={self.max_seq_len}; shorten the text, or build the model with a larger max_seq_len')
         x,angles = self.add_positions(self.token_emb(tokens), positions)
         args = dict(keys=keys, context_mask=context_mask, input_attn_mask=input_attn_mask, pos_emb=angles)
@@ -149,7 +150,7 @@ class TokenModel(TokenVectors):
     def head(self)->tuple: # (v, e) table of the logits, and their bias (v) or None
         "What makes logits of `embed`'s vectors, as tensors"
         if (last := self.to_logits) is not None:
-            hooks = last._forward_pre_hooks or last._forward_hooks   # which may make the table, or change the logits
+            hooks = any(getattr(last, o) for o in kinds_of_hook)   # which may make the table, or change logits and gradients
             if type(last) is nn.Linear and not hooks: return last.weight,last.bias
             raise TypeError(f'to_logits {"has hooks" if hooks else f"is a {type(last).__name__}"}, so its table is not known; give next_token_loss the logits of model(tokens)')
         table = self.token_emb.weight

@@ -122,7 +122,7 @@ class TwoStreams(StreamStack):
         state:TextState|None=None, # from `init_state`, or behind an earlier segment: `x` goes on with its text
     )->Tensor|tuple: # (b, n, e), or (b, n, 2e) if `combine='concat'`; with `state`, that and the state behind `x`
         "Run both streams from the same input; what stands in padded places changes no real output"
-        check_input(x, self.dim, self.max_seq_len)
+        check_input(x, self.dim, self.max_seq_len if state is None else None)
         check_context(keys, context_mask, len(x), self.context_dim)
         context = keys,context_mask
         x,input_mask = hide_padding(x, input_mask)

@@ -119,7 +119,8 @@ class Circumstances:
 # %% ../nbs/06b_replay.ipynb #save-nothing
 def save_nothing()->saved_tensors_hooks: # a context manager
     "Operations build their graph, but no tensor is kept for it"
-    return saved_tensors_hooks(lambda _: None, lambda _: None)   # type: ignore[arg-type, return-value]
+    def refuse(_): raise RuntimeError('a tensor of a first pass that keeps no activations, such as a hook may have noted, has no way back to the weights; detach it, or set reverse_thres to run plainly')
+    return saved_tensors_hooks(lambda _: None, refuse)   # type: ignore[arg-type, return-value]
 
 # %% ../nbs/06b_replay.ipynb #named-weights
 def named_weights(
@@ -150,7 +151,7 @@ def check_leaves(
 weights_lock = threading.RLock()
 
 def one_at_a_time()->AbstractContextManager:
-    "For one thread at a time, where gradients are computed"
+    "A context for one thread of the process at a time, where gradients are computed"
     return nullcontext() if torch.compiler.is_compiling() or not torch.is_grad_enabled() else weights_lock
 
 # %% ../nbs/06b_replay.ipynb #needs-grad
@@ -202,8 +203,8 @@ def check_state(
     raise TypeError(f'the state of {name} is {got}, but must be None or one tensor of integers or bools; '
                     'stack several, and leave out what has a gradient')
 
-# %% ../nbs/06b_replay.ipynb #call-with-state
-kinds_of_hook = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')
+# %% ../nbs/06b_replay.ipynb #hooked-call
+kinds_of_hook = ('_forward_pre_hooks', '_forward_hooks', '_backward_pre_hooks', '_backward_hooks')   # where torch keeps the hooks of a module
 
 class HookedCall(nn.Module):
     "One call of a layer by another method than `forward`, with the hooks of the layer"
@@ -225,6 +226,7 @@ class HookedCall(nn.Module):
         "What `call` returns"
         return self.call(*args, **named)
 
+# %% ../nbs/06b_replay.ipynb #call-with-state
 def call_with_state(
     fn:nn.Module, # has a method `with_state`
     x:Tensor, # (b, n, e)
@@ -233,6 +235,8 @@ def call_with_state(
 )->tuple: # output (b, n, e), as hooks leave it, and the state or None
     "`fn.with_state`, and the hooks of `fn` around it"
     if not any(getattr(fn, o) for o in kinds_of_hook): return fn.with_state(x, state, **args)
+    if fn._backward_hooks and not fn._is_full_backward_hook:
+        raise RuntimeError(f'{type(fn).__name__} has a hook of register_backward_hook, which torch cannot call around with_state; use register_full_backward_hook')
     found:list = []
     def call(x, **args):
         out,after = fn.with_state(x, state, **args)

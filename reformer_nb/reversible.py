@@ -144,7 +144,7 @@ def run_branch(
     branch,again = call.branches[k],replace is not None
     args = x.to(call.dtype),call.args(k, inputs, again=again),state
     if not again: replace = {name: whole(o) for name,o in call.named[k].items() if hasattr(o, 'full_tensor')}
-    with one_at_a_time(): out,state = functional_call(branch, replace, args) if replace else branch(*args)
+    out,state = functional_call(branch, replace, args) if replace else branch(*args)
     check_output(out, x, branch.name)
     return out,state
 
@@ -158,7 +158,7 @@ def recompute(
 )->Tensor: # (b, n, e) with a graph
     "Run a branch once more, under the circumstances of the first time"
     state,replace = kept['state'],{name: o.clone() for name,o in kept.items() if name!='state'}
-    with torch.enable_grad(), call.then[k].replay():
+    with torch.enable_grad(), one_at_a_time(), call.then[k].replay():
         replace.update((name, whole(leaves[i])) for name,i in call.places[k].items())
         out,_ = run_branch(call, k, x, leaves, state, replace=replace)
         end = rng_state(call.device)
@@ -292,6 +292,5 @@ def run_stack(
     streams = upcast(x1),upcast(x2)
     wanted = torch.is_grad_enabled() and any(o.requires_grad for o in (*streams, *inputs))
     lean = wanted and x1.shape[1]>reverse_thres and not torch.compiler.is_exporting()   # an exported graph has no backward pass
-    if lean: streams = ReversibleFunction.apply(*streams, call, *inputs)
-    else: streams = run_plain(call, streams, inputs)
+    with one_at_a_time(): streams = ReversibleFunction.apply(*streams, call, *inputs) if lean else run_plain(call, streams, inputs)
     return tuple(o.to(x1.dtype) for o in streams)

@@ -14,7 +14,7 @@ from .buckets import assign_buckets
 from .core import as_mask
 from .head_attention import local_attention
 from .rounds import merge_rounds
-from .shared_qk import join_sequence
+from .shared_qk import hide_padding, join_sequence
 from .state import SegmentCall, attend_rings, fill_rings, recent_text
 from .strict import strict_rounds
 
@@ -37,9 +37,10 @@ def outside_text(
     context_mask:Tensor|None, # (b, c) True or 1 where a real token stands
 )->dict: # qk and v (b, h, m+c, d), and which are real (b, m+c) bool
     "Memory and context of a layer, projected"
+    if keys is not None: keys,context_mask = hide_padding(keys, context_mask, 'context_mask')
     qk,v = layer.split_heads(join_sequence(x[:,:0], layer.mem_kv, keys))
     real = torch.ones(len(x), qk.shape[2], dtype=torch.bool, device=x.device)
-    if context_mask is not None: real[:,real.shape[1]-keys.shape[1]:] = as_mask(context_mask, keys.shape[:2], 'context_mask')
+    if keys is not None and context_mask is not None: real[:,real.shape[1]-keys.shape[1]:] = context_mask
     return dict(out_qk=qk, out_v=v, out_real=real)
 
 # %% ../nbs/06d_segments.ipynb #attend-hashed

@@ -155,7 +155,7 @@ class LocalHeads(HashingHeads):
 class TextHeads(LocalHeads):
     "Heads that may be asked to go on with a text"
     def check_segment(self,
-        input_mask:Tensor|None, # (b, n) True or 1 where a real token stands
+        input_mask:Tensor|None, # (b, n) bool, True where a real token stands
         input_attn_mask:Tensor|None, # must be None
     )->None:
         "Refuse what does not go with a state"
@@ -181,14 +181,14 @@ class StatefulSelfAttention(TextHeads):
         past=None, # a `SegmentCall`: what is remembered of the text so far, if `x` goes on with it
     )->tuple: # output (b, n, e), and the buckets, or None if no row was hashed
         "`forward` that also returns the buckets, or reuses them"
+        check_width('x', x, self.toqk.in_features)
+        x,input_mask = hide_padding(x, input_mask)
         if past is not None:
             self.check_segment(input_mask, input_attn_mask)
             from reformer_nb.segments import continue_text   # of a later notebook
             return continue_text(self, x, buckets, past, index=layer, keys=keys, input_mask=input_mask, context_mask=context_mask, pos_emb=pos_emb)
         n,k,first = x.shape[1],self.n_local_attn_heads,buckets is None
-        check_width('x', x, self.toqk.in_features)
         if not n: return x,None
-        x,input_mask = hide_padding(x, input_mask)
         if keys is not None: keys,context_mask = hide_padding(keys, context_mask, 'context_mask')
         qk,v = self.split_heads(join_sequence(x, self.mem_kv, keys))
         masks = join_masks(x, qk.shape[2]-n-(0 if keys is None else keys.shape[1]), keys, input_mask=input_mask, context_mask=context_mask,

@@ -1,5 +1,6 @@
 "Position-wise layers: pieces that are computed again, wrappers, and product keys beside the package that reformer_pytorch uses"
 import copy, pickle
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 import pytest, torch
 from torch import nn
@@ -231,3 +232,11 @@ def test_weights_frozen_before_the_backward_pass(frozen):
         out.backward()
         return x.grad
     same(grads(lambda fn: Chunk(3, fn)), grads(lambda fn: fn), 1e-13)
+
+def test_pieces_draw_the_same_numbers_in_two_threads():
+    "Which all threads take from one generator"
+    chunk,x = Chunk(8, nn.Dropout(.5)),torch.ones(1, 64, 128)
+    def masks_agree(_):
+        y = chunk(leaf := x.clone().requires_grad_())
+        return torch.equal(torch.autograd.grad(y.sum(), leaf)[0], y.detach())
+    with ThreadPoolExecutor(4) as pool: assert all(pool.map(masks_agree, range(120)))

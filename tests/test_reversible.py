@@ -445,6 +445,17 @@ def test_two_threads_train_one_model(options):
         assert all(dict(model.named_parameters())[k] is p for k,p in params.items())
         for k,p in params.items(): torch.testing.assert_close(p.grad, wanted[k], rtol=0, atol=1e-9)
 
+def test_two_threads_draw_random_numbers():
+    "Which all threads take from one generator; a second call sets it back"
+    torch.manual_seed(0)
+    stack = ReversibleSequence(nn.ModuleList([nn.ModuleList([nn.Dropout(.5), nn.Dropout(.5)])]))
+    x = torch.ones(1, 64, 128, dtype=torch.double)
+    def learn(_):
+        y = stack(leaf := x.clone().requires_grad_())   # linear in x, so its gradient times x sums up to the output
+        y.sum().backward()
+        torch.testing.assert_close((leaf.grad*x).sum(), y.detach().sum())
+    with ThreadPoolExecutor(4) as pool: list(pool.map(learn, range(80)))
+
 # ---- hooks of users ------------------------------------------------------------------------------------------------
 
 def hooked_stack(kind, reverse_thres=0):
@@ -480,6 +491,19 @@ def test_hooks_of_layers_are_called(kind):
         assert [o[0] for o in seen]==['in', 'out']*(1 if reverse_thres else 2) + ['back'] and all(o[1:]==(layer, torch.Tensor) for o in seen)
         gradients.append([y.detach(), x.grad, *(o.grad for o in model.parameters() if o.grad is not None)])
     for o,p in zip(*gradients, strict=True): torch.testing.assert_close(o, p, rtol=0, atol=1e-9)
+
+def test_an_old_backward_hook_is_refused():
+    "torch itself cannot call it around another method than forward"
+    model,layer = hooked_stack('attention')
+    layer.register_backward_hook(lambda module, dx, dy: None)
+    with pytest.raises(RuntimeError, match='LSHSelfAttention has a hook of register_backward_hook.*use register_full_backward_hook'): model(hook_input)
+
+def test_what_a_hook_keeps_has_no_way_back():
+    kept = []
+    model,layer = hooked_stack('norm')
+    layer.register_forward_hook(lambda module, args, out: kept.append(out))
+    y = model(hook_input)
+    with pytest.raises(RuntimeError, match='detach it, or set reverse_thres'): (y.sum() + kept[0].square().sum()).backward()
 
 def test_hooks_of_two_calls_in_one_graph_and_in_two_threads():
     def run(model, x): return torch.autograd.grad((model(x[0]) * model(x[1])).sum(), list(model.parameters()))

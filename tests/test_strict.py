@@ -316,6 +316,19 @@ def test_the_longest_text_is_that_of_one_row(options):
         for i,o in enumerate(model(text)): torch.testing.assert_close(torch.cat([part[i] for part in outs]), o, rtol=0, atol=1e-10)
         with pytest.raises(ValueError, match='17 tokens are more than max_seq_len=16'): model(text[:,:1], state=state)
 
+@pytest.mark.parametrize('options', (dict(), dict(absolute_position_emb=True), dict(axial_position_emb=True), dict(use_full_attn=True)))
+def test_a_segment_may_have_more_places_than_positions(options):
+    "Half of them are padding"
+    model,text,real = ReformerLM(20, 16, 1, 16, heads=2, dim_head=8, bucket_size=4, causal='strict', **options).double().eval(),tokens_of(2, 10)%20,torch.arange(20)%2==0
+    with torch.no_grad():
+        out,state = model(text.repeat_interleave(2, 1), real.expand(2, -1), state=model.init_state(2))
+        torch.testing.assert_close(out[:,real], model(text), rtol=0, atol=1e-10)
+        x = draw(2, 10, 16, dtype=torch.double)
+        stack = model.reformer
+        again,_ = stack(x.repeat_interleave(2, 1), real.expand(2, -1), state=stack.init_state(2))
+        torch.testing.assert_close(again[:,real], stack(x), rtol=0, atol=1e-10)
+    assert state.count.tolist()==[10, 10]
+
 def test_a_stack_refuses_a_text_that_is_too_long_in_segments():
     model,x = Reformer(8, 1, heads=1, bucket_size=4, n_hashes=2, causal='strict', max_seq_len=16).eval(),draw(1, 20, 8, dtype=torch.float)
     with torch.no_grad():
