@@ -148,7 +148,7 @@ def id_bytes(
 )->int:
     "What a layer of LSH attention keeps of a token for the way back: its buckets, in all heads and rounds"
     if only_local(config) or attends_fully(config, seq_len): return 0
-    return 2*(config.get('heads', 8)-config.get('n_local_attn_heads', 0))*config.get('n_hashes', 8)
+    return 2*(config.get('heads', 8)-config.get('n_local_attn_heads', 0))*config.get('n_hashes', 4)
 
 # %% ../nbs/15c_planner.ipynb #make-plan
 def make_plan(
