@@ -80,7 +80,8 @@ def test_layers_leave_nothing_behind_unless_the_stack_is_plain(reverse_thres):
     sizes = probe_sizes(config, *size, most=4096)
     def need(d, n): return 350*mib + (4096*d if reverse_thres else 8192 - 4096*(d==1))*n + kept_bytes(dict(config, depth=d))
     planned = make_plan(config, size, True, None, {}, sizes, [(1.*d*n, need(d, n)) for d,n,_ in sizes])
-    assert planned.peak==pytest.approx(need(10, 32768), rel=1e-6)
+    ids = 0 if reverse_thres else 7*2*2*2*32768   # of the layers that were not probed
+    assert planned.peak==pytest.approx(need(10, 32768) + ids, rel=1e-6)
 
 def test_an_activation_that_no_other_process_can_import_is_refused():
     class Mine(torch.nn.ReLU): pass
