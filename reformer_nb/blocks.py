@@ -153,7 +153,7 @@ of_hashing:dict = dict(n_hashes={4, 8}, attn_chunks={None, 1}, lsh_dropout=0., l
 def check_options(
     config:Config, # arguments of a Reformer
 )->None:
-    "Refuse values of no sense, and arguments that would do nothing beside others; of hashing they are taken beside `use_full_attn`"
+    "Refuse values that make no sense, and arguments that would do nothing beside others, except those of hashing beside `use_full_attn`"
     check_values(config)
     given = {**config, 'pkm_layers': memory_blocks(config), 'local_look_around': tuple(config['local_look_around'])}
     idle:list = []   # (name, default, what makes it idle)

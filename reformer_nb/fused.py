@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['make_strips', 'cut_blocks', 'score_buffers', 'unit_keys', 'attend_strip', 'merge_strip', 'sees_nobody',
-           'forward_strip', 'empty_heads', 'hide_padding', 'forward_strips']
+           'forward_strip', 'empty_heads', 'zero_padding_of_first', 'forward_strips']
 
 # %% ../nbs/05_fused.ipynb #imports
 from collections.abc import Iterator
@@ -150,8 +150,8 @@ def empty_heads(
     b,h = x.shape[:2]
     return x.new_empty(b, n, h, d).transpose(1, 2)
 
-# %% ../nbs/05_fused.ipynb #hide-padding
-def hide_padding(
+# %% ../nbs/05_fused.ipynb #zero-padding-of-first
+def zero_padding_of_first(
     x:Tensor, # (b, h, k, d) of the first k positions
     mask:Tensor|None, # (b, n) bool, True where a real token stands
 )->Tensor: # (b, h, k, d), zeros in padded places
@@ -177,4 +177,4 @@ def forward_strips(
         for i,j,strip,silent in make_strips(sorted_pos, buckets, real_tokens(qk, mask), key_mask, attn_mask, rules, lse.dtype):
             found,lse_found = forward_strip(strip, qk[i,j], v[i,j], silent, generator)
             out[i,j],lse[i,j,:rules.query_len] = found[:,:rules.query_len],lse_found[:,:rules.query_len]
-    return hide_padding(out, mask),lse
+    return zero_padding_of_first(out, mask),lse

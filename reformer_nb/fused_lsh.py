@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from .attention import check_masks, zero_padding
 from .core import check_rate, mask_value, pad_to_multiple, upcast
-from .fused import cut_blocks, empty_heads, forward_strips, hide_padding, make_strips, score_buffers, sees_nobody, unit_keys
+from .fused import cut_blocks, empty_heads, forward_strips, make_strips, score_buffers, sees_nobody, unit_keys, zero_padding_of_first
 from .lsh import check_lsh_inputs, keys_across, real_tokens
 from .sorting import sort_by_bucket
 from .strict import check_text
@@ -109,13 +109,13 @@ def backward_strips(
     lse_grad:Tensor|None=None, # (b, h, n) gradient of the log-sum-exp
 )->tuple: # gradients of qk and of v
     "Gradients, strip by strip"
-    dqk,dv,given = empty_heads(qk, *qk.shape[2:]),empty_heads(v, *v.shape[2:]),hide_padding(grad, mask)
+    dqk,dv,given = empty_heads(qk, *qk.shape[2:]),empty_heads(v, *v.shape[2:]),zero_padding_of_first(grad, mask)
     generator = torch.Generator(qk.device).manual_seed(seed) if rules.dropout else None
     with torch.autocast(qk.device.type, enabled=False):
         for i,j,strip,silent in make_strips(sorted_pos, buckets, real_tokens(qk, mask), key_mask, attn_mask, rules, lse.dtype):
             dqk[i,j],dv[i,j] = backward_strip(strip, qk[i,j], v[i,j], silent, generator, upcast(given[i,j]), out[i,j], lse[i,j],
                                               None if lse_grad is None else lse_grad[i,j])
-    return tuple(hide_padding(o, mask) for o in (dqk, dv))
+    return tuple(zero_padding_of_first(o, mask) for o in (dqk, dv))
 
 # %% ../nbs/05a_fused_lsh.ipynb #once-only
 class OnceOnly(torch.autograd.Function):

@@ -187,7 +187,7 @@ def stream_rows(
         yield token.masked_fill(ended, pad_token)
         if eos_token is not None: ended = ended | (token==eos_token)
         if ended.all(): return
-        unread = token[:,None],torch.ones_like(real[:,:1])   # rows that have ended read on, unseen
+        unread = token[:,None],torch.ones_like(real[:,:1])   # ended rows read on too, unseen; hidden, they would be padding, which count_padding refuses
         if state is None: tokens,real = torch.cat([tokens, token[:,None]], dim=1),F.pad(real, (0,1), value=True)
 
 # %% ../nbs/12_generation.ipynb #continue-rows

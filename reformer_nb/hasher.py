@@ -62,7 +62,7 @@ def drop_entries(
     drop = torch.rand(n, b, h, d, generator=generator, dtype=torch.float32) < rate
     return vecs.masked_fill(rearrange(drop, 'n b h d -> b h n d').to(vecs.device), 0)
 
-# %% ../nbs/01c_hasher.ipynb #hash-source
+# %% ../nbs/01c_hasher.ipynb #check-seed
 def check_seed(
     hash_seed:int|None, # what the user gave
     rotations:str, # 'fresh', 'fixed' or 'shared'
@@ -76,6 +76,7 @@ def check_seed(
     if not -2**63<=hash_seed<2**64: raise ValueError(f'hash_seed={hash_seed} must be at least -2**63 and below 2**64, as for torch.manual_seed; pass for example 0')
     return int(hash_seed)
 
+# %% ../nbs/01c_hasher.ipynb #hash-source
 class HashSource(StepCounter):
     "Knows where the random numbers of a hash come from"
     def __init__(self,
@@ -245,7 +246,9 @@ class BucketHasher(BucketCounts):
         layer:int=0, # index of the layer that calls
     )->Tensor: # (b, h, r, n) bucket ids
         "Bucket ids of `vecs`; padding has the id after the last"
-        if torch.jit.is_tracing(): raise TypeError('torch.jit.trace would keep the buckets of this one length, and rotations of this call; use torch.export.export, or torch.onnx.export with dynamo=True')
+        if torch.jit.is_tracing():
+            raise TypeError('torch.jit.trace would keep the buckets of this one length, and rotations of this call; '
+                            'use torch.export.export, or torch.onnx.export with dynamo=True')
         counts = factors = self.factors(vecs.shape[2])
         draw = draw_uncompiled if torch.compiler.is_compiling() else draw_hash
         rotations,vecs = draw(self, vecs, factors, n_hashes=self.n_hashes//self.n_best, layer=layer)

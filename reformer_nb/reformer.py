@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .blocks import arguments_of_g, chunk_multiple, reversible_blocks
 from .core import Config, accept_names, as_mask, check_choice, check_int
-from .cross_attention import check_context, hide_padding
+from .cross_attention import check_context
 from .reversible_sequence import ReversibleSequence
 from .self_attention import LSHSelfAttention, UpstreamWeights
+from .shared_qk import hide_padding
 from .state import TextState, begin_stack
 
 # %% ../nbs/10_reformer.ipynb #check-input

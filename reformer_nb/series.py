@@ -9,9 +9,9 @@ __all__ = ['check_series', 'SeriesRegressor']
 import torch
 from .checkpoints import model_classes
 from .core import Config, as_mask, check_int, real_positions, upcast
-from .cross_attention import hide_padding
 from .positions import FixedPositionalEmbedding
 from .reformer import Pretrained, Reformer
+from .shared_qk import hide_padding
 from .tasks import masked_mean
 from torch import Tensor, nn
 

@@ -131,7 +131,7 @@ def hide_keys(
 def refuse_padding(
     mask:Tensor|None, # (b, n) True or 1 where a real token stands; None means everywhere
 )->None:
-    "A text that goes on remembers real tokens, no places"
+    "Refuse padding in a text that goes on: a state remembers real tokens, not places"
     if mask is None or mask.all(): return
-    raise ValueError('count_padding=True and a state exclude padding, since places of padding count, but a state remembers real tokens alone; '
-                     'leave state out, read texts of one length, or build the model with count_padding=False')
+    raise ValueError(f'input_mask hides {int((mask==0).sum())} of {mask.numel()} places, which count with count_padding=True, but a state remembers real tokens alone; '
+                     'leave state out, give texts without padding, or build the model with count_padding=False')

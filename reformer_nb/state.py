@@ -205,25 +205,6 @@ class TextMemory(LayerMemory):
         self.shapes:list|None = None   # of what was given with the segment before
         self.whole = True   # False while a call updates it in place, and for ever if that call fails
 
-    def check(self,
-        x:Tensor, # (b, n, ...) the segment
-        context:tuple, # keys and context_mask, as they were given
-        real:Tensor|None=None, # (b, n) bool, True where a real token stands; None means everywhere
-        longest:int|None=None, # longest text allowed; None allows any
-    )->None:
-        """Refuse another batch, what a failed call has left, a text that becomes too long, and another context: of another shape,
-        or without gradients, where it is projected once, other tensors"""
-        if len(x)!=len(self.count): raise ValueError(f'the segment has {len(x)} rows, the state {len(self.count)}; make one by init_state({len(x)})')
-        if not self.whole:
-            raise ValueError('a call with this state has failed, and only some of the layers remember its segment; go on with a clone() made before, '
-                             'or begin anew with init_state')
-        if longest is not None and (n := int(self.behind(x, real).max()))>longest:
-            raise ValueError(f'{n} tokens are more than max_seq_len={longest}; shorten the text, or build the model with a larger max_seq_len')
-        here,known = shapes_of(context),None if torch.is_grad_enabled() else self.context
-        if self.shapes not in (None, here) or known and any(a is not b for a,b in zip(known, context)):
-            raise ValueError(f'keys and context_mask belong to the whole text, where they have shapes {self.shapes}, here {here}; pass the very tensors '
-                             'of its first segment (with gradients: tensors of their shapes), or begin anew with init_state')
-
     def behind(self,
         x:Tensor, # (b, n, ...) a segment
         real:Tensor|None=None, # (b, n) bool, True where a real token stands; None means everywhere
@@ -231,9 +212,44 @@ class TextMemory(LayerMemory):
         "How many tokens each row has had behind a segment"
         return self.count.to(x.device) + (x.shape[1] if real is None else real.sum(-1))
 
+    def check_length(self,
+        x:Tensor, # (b, n, ...) a segment
+        real:Tensor|None, # (b, n) bool, True where a real token stands; None means everywhere
+        longest:int|None, # longest text allowed; None allows any
+    )->None:
+        "Refuse a text that becomes too long"
+        if longest is not None and (n := int(self.behind(x, real).max()))>longest:
+            raise ValueError(f'with this segment a row has {n} tokens, more than max_seq_len={longest}; shorten the segment, begin anew with init_state, '
+                             'or build the model with a larger max_seq_len')
+
+    def check_context(self,
+        context:tuple, # keys and context_mask, as they were given
+    )->None:
+        "Refuse a context of another shape, and without gradients, where it is projected once, other tensors"
+        if self.shapes and self.shapes!=(here := shapes_of(context)):
+            raise ValueError(f'keys and context_mask have shapes {here}, but {self.shapes} with earlier segments; give the context of the text with each segment, '
+                             'or begin anew with init_state')
+        if not torch.is_grad_enabled() and self.context and any(a is not b for a,b in zip(self.context, context)):
+            raise ValueError('keys and context_mask are other tensors than with earlier segments, but without gradients a context is projected once; '
+                             'pass the very tensors again, or begin anew with init_state')
+
 # %% ../nbs/06c_state.ipynb #text-state
 class TextState(TextMemory):
     "What a model remembers of the texts of a batch"
+    def check(self,
+        x:Tensor, # (b, n, ...) the segment
+        context:tuple, # keys and context_mask, as they were given
+        real:Tensor|None=None, # (b, n) bool, True where a real token stands; None means everywhere
+        longest:int|None=None, # longest text allowed; None allows any
+    )->None:
+        "Refuse a segment that cannot go on, and what a failed call has left"
+        if len(x)!=len(self.count): raise ValueError(f'the segment has {len(x)} rows, the state {len(self.count)}; make one by init_state({len(x)})')
+        if not self.whole:
+            raise ValueError('a call with this state has failed, and only some of the layers remember its segment; go on with a clone() made before, '
+                             'or begin anew with init_state')
+        self.check_length(x, real, longest)
+        self.check_context(context)
+
     def calls(self)->tuple: # of two SegmentCall, for F and for G
         "What a stack is given to go on"
         if not torch.is_inference_mode_enabled() and any(o.is_inference() for o in self.tensors()): self.layers = self.clone().layers

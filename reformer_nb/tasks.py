@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from .checkpoints import model_classes
 from .core import Config, as_mask, check_choice, check_int, check_rate, mask_value, upcast
-from .cross_attention import hide_padding
 from .language_model import ReformerLM
 from .next_token import as_tokens, loss_in_blocks
 from .reformer import HuggingFaceWeights, Pretrained
+from .shared_qk import hide_padding
 from torch import Tensor, nn
 
 # %% ../nbs/19_tasks.ipynb #choose-places

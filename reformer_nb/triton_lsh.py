@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor
 from .attention import check_masks, zero_padding
 from .core import check_rate, mask_value
-from .fused import empty_heads, hide_padding
+from .fused import empty_heads, zero_padding_of_first
 from .fused_lsh import OnceOnly
 from .lsh import check_lsh_inputs, keys_across, real_tokens
 from .strict import check_text
@@ -190,7 +190,7 @@ class TritonLSH(torch.autograd.Function):
         if not sources: return (None,)*10
         with torch.no_grad():
             call = KernelCall(*tensors, key_factors(qk), *ctx.call[7:])
-            given = by_token(hide_padding(torch.zeros_like(out) if grad is None else grad, mask))
+            given = by_token(zero_padding_of_first(torch.zeros_like(out) if grad is None else grad, mask))
             dqk,dv = backward_pass(by_token(qk), by_token(v), out, lse, given, call, mask is not None, lse_grad)
         if torch.is_grad_enabled(): dqk,dv = OnceOnly.apply(dqk, dv, *sources, qk, v)   # create_graph=True
         return dqk,dv,*(None,)*8

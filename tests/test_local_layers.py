@@ -4,6 +4,7 @@ import torch
 from reformer_nb import LocalSelfAttention, Reformer, ReformerLM
 from reformer_nb.generation import can_cache
 from reformer_nb.planner import attends_fully
+from reformer_nb.state import SegmentCall
 
 def layer(**options):
     torch.manual_seed(0)
@@ -64,7 +65,7 @@ def test_places_that_count_and_a_state_exclude_padding(options):
     model = ReformerLM(11, 16, 2, 64, heads=2, dim_head=8, bucket_size=4, causal=True, count_padding=True, **options).double().eval()
     tokens,real = torch.randint(11, (2, 12)),torch.ones(2, 12, dtype=torch.bool)
     real[0,4:7] = False
-    refused = pytest.raises(ValueError, match='count_padding=True and a state exclude padding')
+    refused = pytest.raises(ValueError, match='places, which count with count_padding=True, but a state remembers real tokens alone')
     with torch.no_grad():
         torch.testing.assert_close(model(tokens, torch.ones_like(real), state=model.init_state(2))[0], model(tokens), rtol=0, atol=1e-10)
         state = model.init_state(2)
@@ -76,6 +77,13 @@ def test_places_that_count_and_a_state_exclude_padding(options):
         want = model.generate(tokens, 9, **args, use_cache=False)
         assert torch.equal(model.generate(tokens, 9, **args), want) and torch.equal(torch.stack(list(model.stream(tokens, 9, **args)), 1), want)
         with pytest.raises(ValueError, match='use_cache=True would change the result: with count_padding=True places of padding count'): model.generate(tokens, 9, **args, use_cache=True)
+
+@pytest.mark.parametrize('mask,error,says', ((torch.ones(1, 3), TypeError, 'input_mask is torch.float32'), (torch.zeros(1, 3), TypeError, 'input_mask is torch.float32'),
+                                             (torch.zeros(1, 2, dtype=torch.bool), ValueError, 'input_mask has shape'), (torch.ones(1, 2, dtype=torch.bool), ValueError, 'input_mask has shape')))
+def test_a_mask_is_checked_before_it_is_taken_for_padding(mask, error, says):
+    net = layer(causal=True, count_padding=True)
+    past = SegmentCall({0: net.begin_text(1, 0)})
+    with pytest.raises(error, match=says): net.with_state(vectors(3), past=past, input_mask=mask)
 
 @pytest.mark.parametrize('options', counting)
 def test_rows_may_end_where_places_count(options):
