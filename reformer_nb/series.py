@@ -63,9 +63,7 @@ class SeriesRegressor(nn.Module, Pretrained):
         "How far the predictions are off"
         found,real = self(x, input_mask),None if input_mask is None else as_mask(input_mask, x.shape[:2])
         if targets.shape!=found.shape: raise ValueError(f'targets have shape {tuple(targets.shape)}, the predictions {tuple(found.shape)}; give one number for each')
-        if real is not None:
-            keep = real.any(-1) if self.config['pooled'] else real
-            found,targets = found[keep],targets[keep]
+        if real is not None: found,targets = (o[real.any(-1) if self.config['pooled'] else real] for o in (found, targets))
         if not found.numel():
             raise ValueError(f'x {tuple(x.shape)} holds no position' + (', so there is no error' if real is None else ' where input_mask is True') + '; give one at least')
         return ((upcast(found)-targets)**2).mean()
