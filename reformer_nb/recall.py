@@ -45,7 +45,7 @@ class Heard(NamedTuple):
     raw:Tensor # (b, h, n, d) vectors to hash
     call:AttentionCall # what it attends with
     real:Tensor|None # (b, n) bool, True where a real token stands
-    index:int # that it hashes with
+    layer_index:int # that it hashes with
 
 @contextmanager
 def listen(
@@ -74,7 +74,7 @@ def rehash(
     layer,call = heard.layer,heard.call
     if call.buckets is not None and (n_hashes,bucket_size)==(layer.hasher.n_hashes,layer.hasher.bucket_size): return call
     other = BucketHasher(**{**layer.config.arguments_of(BucketHasher), 'n_hashes': n_hashes, 'bucket_size': bucket_size}).eval()
-    buckets = other(heard.raw, heard.real, layer=heard.index)
+    buckets = other(heard.raw, heard.real, layer=heard.layer_index)
     return call._replace(buckets=buckets, options={**call.options, 'bucket_size': bucket_size, 'full_attn_thres': 0})
 
 # %% ../nbs/15a_recall.ipynb #attention-recall
