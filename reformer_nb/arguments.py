@@ -139,14 +139,15 @@ def check_config(
         if not isinstance(value, wanted) or isinstance(value, bool)!=(wanted is bool):
             raise ValueError(f'{path}: {k} = {value!r} has the wrong type; write it as a {"list" if k=="files" else "number" if isinstance(wanted, tuple) else wanted.__name__}')
 
-# %% ../nbs/20b_arguments.ipynb #parse
+# %% ../nbs/20b_arguments.ipynb #check-numbers
 def check_numbers(
     o:argparse.Namespace, # what was said
 )->None:
     "Refuse whole numbers that PyTorch cannot hold"
     for k,value in vars(o).items():
-        if type(value) is int and abs(value)>=2**63: raise ValueError(f'{k}={value} is out of range; give a whole number from 0 to 2**63-1')
+        if type(value) is int and abs(value)>=2**63: raise ValueError(f'{flag(k)}={value} is out of range; give a whole number from 0 to 2**63-1')
 
+# %% ../nbs/20b_arguments.ipynb #parse
 def parse(
     args:list|None=None, # words of the command line; None takes those of the process
 )->argparse.Namespace:

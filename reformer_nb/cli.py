@@ -86,9 +86,9 @@ def tell_cost(
     s,step = trainer.settings,trainer.seconds
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform=='darwin' else 2**20)   # bytes there, kilobytes elsewhere
     steps = min(o for o in (s.steps, s.minutes and int(s.minutes*60/step)) if o is not None)
-    fit = f'{steps} steps take {steps*step/60:.1f} minutes' if steps else f'not one step fits into {s.minutes} minutes'
-    return (f'{sum(p.numel() for p in trainer.model.parameters()):,} parameters; a step takes {step:.2f} s and the process {peak:.2f} GiB at its peak; '
-            + fit)
+    length = f'{steps} steps take {steps*step/60:.1f} minutes' if steps else f'not one step fits into {s.minutes} minutes'
+    count = sum(p.numel() for p in trainer.model.parameters())
+    return f'{count:,} parameters; a step takes {step:.2f} s and the process {peak:.2f} GiB at its peak; {length}'
 
 # %% ../nbs/21_cli.ipynb #report
 def report(
@@ -120,7 +120,7 @@ def run_train(
     if not trainer.fit(resume=o.resume): return print('stopped before the first step')
     if main: report(o, trainer)
 
-# %% ../nbs/21_cli.ipynb #run-evaluate
+# %% ../nbs/21_cli.ipynb #read-model
 def read_model(
     checkpoint:str, # folder that train wrote
 )->ReformerLM: # over bytes
@@ -131,6 +131,7 @@ def read_model(
                          'use this model from Python, with the tokenizer that belongs to it')
     return model
 
+# %% ../nbs/21_cli.ipynb #run-evaluate
 def run_evaluate(
     o:argparse.Namespace, # of `reformer-nb evaluate`
 )->None:
@@ -158,18 +159,22 @@ def run_plan(
     config = dict({k: getattr(o, k) for k in names}, n_local_attn_heads=o.local_heads, use_full_attn=o.full_attention, causal=True)
     print(plan(config, o.seq_len, o.batch_size, training=not o.logits, budget=o.budget, most=o.most))
 
-# %% ../nbs/21_cli.ipynb #in-one-line
+# %% ../nbs/21_cli.ipynb #too-large
 def too_large(
     error:Exception|str, # what went wrong
 )->bool:
-    "Whether a tensor has no room in memory, or in the numbers that count its bytes"
+    "Whether something has no room in memory, or in the numbers that count its bytes"
+    if isinstance(error, OSError): return error.errno==errno.ENOMEM   # a ChildProcessError has none, and says more
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(o in str(error) for o in ("can't allocate memory", 'Storage size calculation overflowed'))
 
+# %% ../nbs/21_cli.ipynb #in-one-line
 def in_one_line(
     error:Exception|str, # what went wrong
 )->str:
     "What to tell the user"
-    if too_large(error): return 'this does not fit in memory; try a smaller dim, depth, seq_len or batch_size, and reformer-nb plan, which says what a step takes'
+    if too_large(error):
+        return ('this does not fit in memory; for training, try a smaller dim, depth, seq_len or batch_size, and reformer-nb plan, '
+                'which says what a step takes; for a large corpus, --mapped')
     if not isinstance(error, OSError) or not error.strerror: return ' '.join(str(error).split())
     where = f'{error.filename}: ' if error.filename else ''
     full = errno.errorcode.get(error.errno or 0, '') in ('ENOSPC', 'EDQUOT', 'EFBIG')   # a system may lack some
@@ -192,9 +197,9 @@ def main(
             warnings.showwarning = lambda message, *_, **__: tell(message)
             o = parse(args)
             run[o.command](o)
-            print(end='', flush=True)   # whether somebody reads shows here at the latest
+            print(end='', flush=True)   # whether somebody reads shows here at the latest; `print`, since sys.stdout may be None
     except BrokenPipeError:   # as in `… | head`: no fault, and nothing more to say
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())   # or Python's own flush at its end would complain
         return 141
     except (ValueError, TypeError, OSError, FloatingPointError, ImportError) as e:
         tell(e)

@@ -105,17 +105,19 @@ class KeepsCheckpoints(Run):
         tensors,record = training_state(self.model, self.opt, self.accelerator, self.states)
         if self.accelerator.is_main_process:
             record |= dict(run=self.identity, seconds=self.seconds, best=self.best)
-            self.store.save(self.step, tensors, record)   # whose best stays
+            self.store.save(self.step, tensors, record)   # keeps the checkpoint of record['best'] too
         self.accelerator.wait_for_everyone()
 
-    def best_tensors(self)->dict|None: # {name: tensor}; None if there was no evaluation
-        "What the checkpoint of the best evaluation holds; a best that cannot be read is forgotten, with a warning"
-        if not self.best: return None
-        try: return read_checkpoint(self.store.path(self.best['step']))[0]
+    def forget_lost_best(self)->None:
+        "Go on without the best evaluation, with a warning, if its checkpoint cannot be read"
+        if not self.best: return
+        path = self.store.path(self.best['step'])
+        try: read_checkpoint(path)   # the whole file, since its SHA-256 is compared
         except (ValueError, OSError) as e:
-            warnings.warn(f'the best evaluation, that of step {self.best["step"]}, counts no longer: {e}', stacklevel=2)
-        self.best = None
-        return None
+            what = 'is missing' if isinstance(e, FileNotFoundError) else 'is damaged' if isinstance(e, ValueError) else 'cannot be read'
+            warnings.warn(f'{path} {what}, so the best evaluation, that of step {self.best["step"]}, counts no longer; '
+                          'a later one takes its place, or else the last step', stacklevel=2)
+            self.best = None
 
     def resume(self)->bool: # whether there was a checkpoint
         "Go back to the newest intact checkpoint, and see that its best is there"
@@ -130,7 +132,7 @@ class KeepsCheckpoints(Run):
         self.step = step
         self.states = load_training_state(self.model, self.opt, self.accelerator, tensors, record)
         self.seconds,self.best = record['seconds'],record['best']
-        if self.best and self.best['step']!=step: self.best_tensors()
+        if self.best and self.best['step']!=step: self.forget_lost_best()
         self.history = read_metrics(self.out/'metrics.jsonl', self.step)
         return True
 
@@ -177,7 +179,9 @@ class RunFiles(KeepsCheckpoints):
         "Write a last checkpoint, the model of the best evaluation or else of this moment, and the settings"
         self.save()
         if not self.accelerator.is_main_process: return
-        write_model(self.model, self.best_tensors() or read_checkpoint(self.store.path(self.step))[0], self.out)
+        self.forget_lost_best()
+        step = self.best['step'] if self.best else self.step
+        write_model(self.model, read_checkpoint(self.store.path(step))[0], self.out)
         record = dict(corpus=self.corpus.name, settings=asdict(self.settings), steps=self.step,
                       interrupted=self.interrupted, best=self.best)
         write_text(self.out/'training.json', [json.dumps(record)])

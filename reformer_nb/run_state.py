@@ -125,8 +125,8 @@ def load_training_state(
     accelerator:Accelerator, # how it is computed
     tensors:dict, # {name: tensor}
     record:dict, # as `training_state` gave them
-)->list|None: # of what was remembered of the texts of this process
-    "Go back to a state; random generators only if there are as many processes as there were; a weight without averages gets none"
+)->list|None: # what was remembered of the texts of this process; None if nothing was
+    "Go back to a state"
     part = {k: {} for k in ('model', 'optimizer', 'rng', 'texts')}
     for name,o in {**tensors, **record['numbers']}.items():
         kind,_,k = name.partition('.')
@@ -139,7 +139,7 @@ def load_training_state(
     set_model_state_dict(model, part['model'], options=StateDictOptions(**how))
     set_optimizer_state_dict(model, opt, optimizer, options=StateDictOptions(strict=False, **how))
     for name,p in model.named_parameters():   # torch makes averages up for those that had none
-        if name.replace('_orig_mod.', '') not in state: opt.state.pop(p, None)
+        if name.replace('_orig_mod.', '') not in state: opt.state.pop(p, None)   # torch.compile puts it into names
     if accelerator.scaler and record['scaler']: accelerator.scaler.load_state_dict(record['scaler'])
     if (n := len(part['rng']['cpu']))!=accelerator.num_processes:
         if not part['texts']: return None
@@ -174,7 +174,7 @@ def read_checkpoint(
 def best_step(
     path:Path, # a checkpoint
 )->int|None: # None if it names none, or is damaged
-    "The step of the best evaluation, as `best` of a record names it: {'step': when}"
+    "The step that the record of a checkpoint names as the best: `record['best']['step']`"
     try:
         with safe_open(path, 'pt') as f: return json.loads(f.metadata()['config'])['best']['step']
     except (SafetensorError, OSError, ValueError, KeyError, TypeError): return None
@@ -204,12 +204,11 @@ class RunStore:
         step:int, # steps that were done
         tensors:dict, # {name: tensor} on the CPU
         record:dict, # what JSON can hold
-        best:int|None=None, # another step whose checkpoint must stay
     )->None:
         "Write a checkpoint, then remove those that are no longer wanted"
         write_checkpoint(self.path(step), tensors, record)
         last = [o for o in self.steps() if o<=step][-self.keep:]
-        wanted = *last,best,*(best_step(self.path(o)) for o in last)
+        wanted = *last,*(best_step(self.path(o)) for o in last)
         for o in self.steps():   # later ones belong to a run that was given up
             if o not in wanted: self.path(o).unlink()
 

@@ -31,7 +31,7 @@ def as_sequences(
 
 # %% ../nbs/17c_sequences.ipynb #pad-rows
 def pad_rows(
-    sequences:list, # of (n) integers, not all of the same length: tensors or lists
+    sequences:list, # of (n) integers, not all of the same length: tensors, lists or arrays
     pad:int=0, # what stands behind the end of a row
 )->tuple: # (b, n) int64, and (b, n) bool, True where a real token stands
     "Sequences as the rows of a batch"
@@ -85,7 +85,7 @@ def pack(
 
 # %% ../nbs/17c_sequences.ipynb #packed-rows
 def packed_rows(
-    sequences:list, # of (n) integers: tensors or lists
+    sequences:list, # of (n) integers: tensors, lists or arrays
     room:int, # inputs of a row; each sequence takes one more than it has tokens
     *,
     end:int, # a token that stands in no sequence; one that does is refused

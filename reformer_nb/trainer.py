@@ -152,11 +152,11 @@ class ReadsText(RunFiles):
         return mine
 
     def evaluate(self)->float: # bits per byte of the validation bytes
-        "Measure the model on `eval_windows` windows, and remember it if it is the best so far; NaN never is"
+        "Measure the model on `eval_windows` windows, and remember it if it is the best so far; what is not finite never is"
         s,model = self.settings,self.accelerator.unwrap_model(self.net)
         bits = bits_per_byte(model, self.corpus.valid, s.seq_len, longest=self.longest, most=s.eval_windows)
-        better = math.isfinite(bits) and not (self.best and self.best['bits_per_byte']<=bits)
-        if better: self.best = dict(step=self.step, bits_per_byte=bits)
+        best = (self.best or {}).get('bits_per_byte', math.inf)
+        if math.isfinite(bits) and (bits<best or math.isnan(best)): self.best = dict(step=self.step, bits_per_byte=bits)
         return bits
 
 # %% ../nbs/18c_trainer.ipynb #steps

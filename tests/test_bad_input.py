@@ -1,8 +1,9 @@
 "Fifteen kinds of bad input: one clear line each, the exit code 2 where it is a command, and no file is touched"
-import os, subprocess, sys, textwrap
+import errno, mmap, os, subprocess, sys, textwrap
 from pathlib import Path
 import pytest
 import torch
+from reformer_nb import cli
 from reformer_nb.arguments import parse
 from reformer_nb.checkpoints import fingerprint, read_weights, save_pretrained
 from reformer_nb.cli import main, write_on
@@ -127,9 +128,9 @@ cases = {missing_file: 'nowhere.txt', missing_checkpoint: 'model.safetensors is 
          weights_of_another_shape: 'other tensors do not fit a ReformerLM', truncated_weights: 'model.safetensors is damaged',
          corrupted_json: 'config.json contradicts model.safetensors', out_is_a_file: 'text.txt', empty_batch: 'batch_size=0 must be at least 1',
          empty_prompt: "prompt='' is empty", vocabulary_without_some_bytes: 'ascii has num_tokens=128, the command reads and writes the 256 values of a byte',
-         tokens_that_are_no_bytes: 'words has num_tokens=300, the command', seed_out_of_range: f'seed={10**23} is out of range; give a whole number from 0 to 2**63-1',
-         seed_out_of_range_in_a_file: f'seed={-10**23} is out of range; give a whole number from 0 to 2**63-1',
-         wider_than_memory: 'does not fit in memory; try a smaller dim,', wider_than_numbers_are: 'does not fit in memory; try a smaller dim,',
+         tokens_that_are_no_bytes: 'words has num_tokens=300, the command', seed_out_of_range: f'--seed={10**23} is out of range; give a whole number from 0 to 2**63-1',
+         seed_out_of_range_in_a_file: f'--seed={-10**23} is out of range; give a whole number from 0 to 2**63-1',
+         wider_than_memory: 'does not fit in memory; for training, try a smaller dim,', wider_than_numbers_are: 'does not fit in memory; for training, try a smaller dim,',
          sequence_beyond_the_data: 'too few for seq_len=99999; give more text'}
 
 @pytest.mark.parametrize('case', cases, ids=lambda case: case.__name__)
@@ -179,6 +180,33 @@ def test_damaged_checkpoint(home, capsys):
     told = [o for o in capsys.readouterr().err.splitlines() if 'damaged' in o or 'UserWarning' in o]
     assert len(told)==1 and told[0].startswith('reformer-nb: ') and newest.name in told[0] and 'going back to the checkpoint before' in told[0]
     assert len((home/'hurt'/'metrics.jsonl').read_text().splitlines())==4
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+def raising(error):
+    def fail(*args, **options): raise error
+    return fail
+
+def test_a_probe_that_fails_is_told(capsys, monkeypatch):
+    "`plan` measures in other processes; which case had no room there is what the user must know"
+    says = "a step of 1 rows of 4096 tokens could not be measured: RuntimeError: DefaultCPUAllocator: can't allocate memory"
+    monkeypatch.setattr(cli, 'plan', raising(ChildProcessError(says)))
+    assert command('plan')==2
+    assert capsys.readouterr().err==f'reformer-nb: {says}\n'
+
+@pytest.mark.parametrize('error', [OSError(errno.ENOMEM, 'Cannot allocate memory'), MemoryError()], ids=['system', 'Python'])
+def test_no_room_for_a_text(home, capsys, monkeypatch, error):
+    "Whoever says so, the remedy is one of the command, or it says of which"
+    monkeypatch.setattr(cli, 'load_corpus', raising(error))
+    assert command('evaluate', home/'run')==2
+    told = capsys.readouterr().err
+    assert 'this does not fit in memory; for training, try a smaller dim' in told and 'for a large corpus, --mapped' in told and 'path' not in told
+
+def test_no_room_for_a_map(home, capsys, monkeypatch):
+    "It is not the fault of the file"
+    monkeypatch.setattr(mmap, 'mmap', raising(OSError(errno.ENOMEM, 'Cannot allocate memory')))
+    assert command('evaluate', home/'run', '--data', home/'text.txt', '--mapped')==2
+    assert 'this does not fit in memory' in capsys.readouterr().err
 
 # ---- targets that cannot be written ---------------------------------------------------------------------------------
 

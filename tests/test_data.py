@@ -206,6 +206,21 @@ def test_a_pipe_is_read_once(tmp_path):
     assert len(piped().train)==90 and piped().name.isdigit()
     with pytest.raises(ValueError, match='/dev/fd/[0-9]+ can be read once only, so it cannot be mapped'): piped(mapped=True)
 
+@pytest.mark.skipif(os.name!='posix', reason='links and pipes')
+@pytest.mark.parametrize('beside', [False, True], ids=['alone', 'after its folder'])
+def test_what_is_no_text_has_the_name_that_was_given(tmp_path, beside):
+    "Not that of the file behind a link, nor that of the system for a pipe"
+    (tmp_path/'folder').mkdir()
+    (tmp_path/'folder'/'photo.png').write_bytes(b'\x89PNG\0'*20)
+    (tmp_path/'link').symlink_to(tmp_path/'folder'/'photo.png')
+    with pytest.raises(ValueError, match=rf'\A{tmp_path}/link is no text in UTF-8'): files_corpus([tmp_path/'folder']*beside + [tmp_path/'link'])
+    if not os.path.exists('/dev/fd'): return
+    ends = os.pipe()
+    os.write(ends[1], b'\0'*100), os.close(ends[1])
+    try:
+        with pytest.raises(ValueError, match=rf'\A/dev/fd/{ends[0]} is no text in UTF-8'): files_corpus([f'/dev/fd/{ends[0]}'])
+    finally: os.close(ends[0])
+
 @pytest.mark.skipif(os.name!='posix' or os.geteuid()==0, reason='root reads everything')
 @pytest.mark.parametrize('name', ['folder', 'folder/a.txt'])
 def test_may_not_be_read(tmp_path, name):
