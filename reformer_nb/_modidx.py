@@ -761,6 +761,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '', 'doc_host': '', 'git_url
             'reformer_nb.replay': { 'reformer_nb.replay.Circumstances': ('replay.html#circumstances', 'reformer_nb/replay.py'),
                                     'reformer_nb.replay.Circumstances.__init__': ( 'replay.html#circumstances.__init__',
                                                                                    'reformer_nb/replay.py'),
+                                    'reformer_nb.replay.Circumstances.check_end': ( 'replay.html#circumstances.check_end',
+                                                                                    'reformer_nb/replay.py'),
                                     'reformer_nb.replay.Circumstances.replay': ( 'replay.html#circumstances.replay',
                                                                                  'reformer_nb/replay.py'),
                                     'reformer_nb.replay.HookedCall': ('replay.html#hookedcall', 'reformer_nb/replay.py'),

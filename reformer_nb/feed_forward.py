@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from .core import check_int, check_rate, upcast
-from .replay import Circumstances, call_with_state, check_leaves, named_weights, one_at_a_time, watch_buffers
+from .replay import Circumstances, call_with_state, check_leaves, named_weights, one_at_a_time, rng_state, watch_buffers
 
 # %% ../nbs/07_feed_forward.ipynb #new-activation
 def new_activation(
@@ -142,6 +142,7 @@ class ChunkFunction(torch.autograd.Function):
             tensors = dict(zip(ctx.names, [*weights, *buffers]))
             args = *(o.chunk(chunk.pieces(x), dim=chunk.dim) for o in (x, dy)),[o for o,want in zip(weights, wants[1:]) if want]
             dx,dw = functional_call(PieceGrads(chunk.fn), tensors, args, graph)
+            ctx.then.check_end(type(chunk.fn).__name__)
         dx,dw = torch.cat(dx, dim=chunk.dim) if dx else None,iter(dw)
         return dx,None,None,*(next(dw) if want else None for want in wants[1:])
 
@@ -178,7 +179,10 @@ class Chunk(nn.Module):
             weights = list(named_weights(self).values())
             wanted = torch.is_grad_enabled() and any(o.requires_grad for o in (x, *weights))
             if not wanted or torch.compiler.is_compiling(): return in_pieces(self.fn, x, pieces, self.dim)
-            return ChunkFunction.apply(x, self, Circumstances(self.fn, x.device), *weights)
+            then = Circumstances(self.fn, x.device)
+            out = ChunkFunction.apply(x, self, then, *weights)
+            then.end = rng_state(x.device)
+            return out
 
 # %% ../nbs/07_feed_forward.ipynb #scalenorm-code
 class ScaleNorm(nn.Module):

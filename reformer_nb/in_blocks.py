@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .core import check_int
-from .replay import Circumstances
+from .replay import Circumstances, one_at_a_time
 
 # %% ../nbs/06f_in_blocks.ipynb #blocks
 @dataclass(frozen=True)
@@ -93,7 +93,8 @@ class InBlocks(torch.autograd.Function):
         "Compute the blocks again; a gradient that is to be differentiated has a graph of all of them"
         tensors = ctx.saved_tensors
         wanted = [i for i,o in enumerate(ctx.needs_input_grad[1:]) if o]
-        with ctx.blocks.then.replay():
+        with torch.enable_grad(): turn = one_at_a_time()
+        with turn, ctx.blocks.then.replay():
             if torch.is_grad_enabled():
                 own = tuple(o.view_as(o) if i in wanted else o for i,o in enumerate(tensors))   # one of them may have been made of another
                 found = torch.autograd.grad(run_blocks(ctx.blocks, own), [own[i] for i in wanted], dy, create_graph=True, allow_unused=True)
@@ -116,4 +117,4 @@ def compute_in_blocks(
     if len(lengths := {o.shape[dim] for o in cut})>1:
         raise ValueError(f'the tensors to cut have lengths {sorted(lengths)} along dim={dim}, and their blocks belong together; make them equally long')
     if not (torch.is_grad_enabled() and any(o.requires_grad for o in tensors)): return run_blocks(Blocks(fn, len(cut), size, dim), tensors)
-    return InBlocks.apply(Blocks(fn, len(cut), size, dim, Circumstances(None, cut[0].device)), *tensors)
+    with one_at_a_time(): return InBlocks.apply(Blocks(fn, len(cut), size, dim, Circumstances(None, cut[0].device)), *tensors)

@@ -148,7 +148,8 @@ def id_bytes(
 )->int:
     "What a layer of LSH attention keeps of a token for the way back: its buckets, in all heads and rounds"
     if only_local(config) or attends_fully(config, seq_len): return 0
-    return 2*(config.get('heads', 8)-config.get('n_local_attn_heads', 0))*config.get('n_hashes', 4)
+    layers = 2 if config.get('twin_attention') else 1   # F, and G
+    return layers*2*(config.get('heads', 8)-config.get('n_local_attn_heads', 0))*config.get('n_hashes', 4)
 
 # %% ../nbs/15c_planner.ipynb #make-plan
 def make_plan(
@@ -212,9 +213,9 @@ def plan(
     if getattr(act := config.get('ff_activation'), '__module__', '')=='__main__' or '<locals>' in getattr(act, '__qualname__', ''):
         raise ValueError(f'ff_activation={act!r} cannot be imported by the processes that measure; put the class into a module of its own')
     config['max_seq_len'] = max(config.get('max_seq_len', 0), seq_len)
+    count_weights(config)   # refuses what makes no model, before anything is measured
     if seq_len>config.get('reverse_thres', 0): config['reverse_thres'] = 0
     if not attends_fully(config, seq_len): config['full_attn_thres'] = 0
-    count_weights(config)   # refuses what makes no model, before anything is measured
     changed = [{}, *(alternatives(config, seq_len) if compare else [])]
     configs = [{**config, **o} for o in changed]
     probes = [probe_sizes(o, seq_len, batch_size, most) for o in configs]

@@ -53,12 +53,12 @@ def listen(
 )->Iterator: # of a list that fills up with what is `Heard`
     "While this lasts, note what attention layers hash, and attend with"
     heard,given,hooks = [],{},[]
-    def called(layer, args, named): given['index'] = named.get('layer', 0)
+    def called(layer, args, named): given['index'] = named.get('layer', 0)   # of a layer, or of its hasher if it hashes
     def projected(layer, args, out): given['qk'] = out.detach()
     def hear(name, layer, qk, buckets, query_len, masks, real):
         raw = given['qk'].unflatten(-1, (layer.heads, -1)).transpose(1, 2)[:,layer.n_local_attn_heads:]
-        heard.append(Heard(name, layer, raw, AttentionCall(qk.double(), buckets, query_len, masks, layer.options), real, given['index']))
-    for o in attention_layers(net).values(): hooks += [o.register_forward_pre_hook(called, with_kwargs=True), o.toqk.register_forward_hook(projected)]
+        heard.append(Heard(name, layer, raw, AttentionCall(qk.double(), buckets, query_len, masks, layer.options), real, given.pop('index', 0)))
+    for o in attention_layers(net).values(): hooks += [*(p.register_forward_pre_hook(called, with_kwargs=True) for p in (o, o.hasher)), o.toqk.register_forward_hook(projected)]
     try:
         with watch_layers(net, hear): yield heard
     finally:

@@ -103,6 +103,7 @@ def watch_buffers(
 class Circumstances:
     "What a call depends on, other than arguments, weights and buffers, as it is now"
     buffers:dict # as they were before the call, by name; who keeps them puts them here
+    end:tuple # the random state behind the call; likewise
 
     def __init__(self,
         module:nn.Module|None, # about to be called; None for a function
@@ -115,6 +116,13 @@ class Circumstances:
     def replay(self):
         "As it was then"
         with replay_autocast(self.autocast), replay_modes(self.modes), replay_rng(self.rng, self.device): yield
+
+    def check_end(self,
+        name:str, # what was called a second time
+    )->None:
+        "Refuse a second call that has drawn other random numbers than the first"
+        if same_rng_state(rng_state(self.device), self.end): return
+        raise RuntimeError(f'{name} drew other random numbers when it was computed again; draw as many in each call, and none in another thread meanwhile')
 
 # %% ../nbs/06b_replay.ipynb #save-nothing
 def save_nothing()->saved_tensors_hooks: # a context manager
@@ -235,7 +243,7 @@ def call_with_state(
 )->tuple: # output (b, n, e), as hooks leave it, and the state or None
     "`fn.with_state`, and the hooks of `fn` around it"
     if not any(getattr(fn, o) for o in kinds_of_hook): return fn.with_state(x, state, **args)
-    if fn._backward_hooks and not fn._is_full_backward_hook:
+    if fn._backward_hooks and not fn._is_full_backward_hook and torch.is_grad_enabled():
         raise RuntimeError(f'{type(fn).__name__} has a hook of register_backward_hook, which torch cannot call around with_state; use register_full_backward_hook')
     found:list = []
     def call(x, **args):

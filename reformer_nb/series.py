@@ -64,7 +64,7 @@ class SeriesRegressor(nn.Module, Pretrained):
         found,real = self(x, input_mask),None if input_mask is None else as_mask(input_mask, x.shape[:2])
         if targets.shape!=found.shape: raise ValueError(f'targets have shape {tuple(targets.shape)}, the predictions {tuple(found.shape)}; give one number for each')
         if real is not None: found,targets = (o[real.any(-1) if self.config['pooled'] else real] for o in (found, targets))
-        if not found.numel():
+        if not (found.numel() and x.shape[1]):
             raise ValueError(f'x {tuple(x.shape)} holds no position' + (', so there is no error' if real is None else ' where input_mask is True') + '; give one at least')
         return ((upcast(found)-targets)**2).mean()
 

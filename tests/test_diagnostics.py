@@ -137,6 +137,8 @@ def test_a_model_that_draws_cannot_be_checked():
     model.eval()
     assert check_padding(call, tokens)
     with pytest.raises(ValueError, match='give it a hash_seed'): check_padding(new_model(hash_seed=None), tokens)
+    for options in (dict(n_buckets=4), dict(causal='strict')): assert check_padding(new_model(hash_seed=None, **options), tokens)   # as many rotations for each length
+    assert check_padding(LSHSelfAttention(24, heads=2, bucket_size=4), torch.where(torch.arange(24)[:,None]<23, x, torch.nan))
 
 def test_padding_that_leaks():
     class Mean(nn.Module):   # sees the whole row, padding included, but not from position 10 on
@@ -261,6 +263,18 @@ def test_recall_of_full_attention_hashes_as_the_layer_would():
     asked = attention_recall(new_model(**options, use_full_attn=True), tokens, n_hashes=(2,))
     found = attention_recall(new_model(**options), tokens)
     assert asked==found
+
+def test_recall_of_a_layer_that_is_called_by_with_state():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.attn = LSHSelfAttention(24, heads=2, bucket_size=4, n_hashes=2)
+        def forward(self, x): return self.attn.with_state(x, layer=3)[0]
+    own = Own()
+    asked,found = (attention_recall(own, x, n_hashes=(r,)) for r in (4, 2))
+    own.attn.hasher.n_hashes = 4
+    assert [o['mass'] for o in asked]==[o['mass'] for o in attention_recall(own, x)] and asked!=found
 
 def test_recall_without_a_seed_draws_as_the_layer_does():
     "Rounds that fit a hash without digits: other ones each time, and no split"

@@ -8,6 +8,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 from grids import sample
 from reformer_nb.feed_forward import Chunk, FeedForward, PreNorm, ReZero, ScaleNorm, in_pieces
+from reformer_nb.in_blocks import compute_in_blocks
 from reformer_nb.product_keys import ProductKeyMemory, best_pairs
 from reformer_nb.reversible_sequence import ReversibleSequence
 from reformer_nb.self_attention import LSHSelfAttention
@@ -240,3 +241,19 @@ def test_pieces_draw_the_same_numbers_in_two_threads():
         y = chunk(leaf := x.clone().requires_grad_())
         return torch.equal(torch.autograd.grad(y.sum(), leaf)[0], y.detach())
     with ThreadPoolExecutor(4) as pool: assert all(pool.map(masks_agree, range(120)))
+
+def test_blocks_draw_the_same_numbers_in_two_threads():
+    x = torch.ones(64, 128)
+    def masks_agree(_):
+        y = compute_in_blocks(nn.Dropout(.5), (leaf := x.clone().requires_grad_(),), size=8)
+        return torch.equal(torch.autograd.grad(y.sum(), leaf)[0], y.detach())
+    with ThreadPoolExecutor(4) as pool: assert all(pool.map(masks_agree, range(120)))
+
+def test_pieces_that_draw_otherwise_the_second_time_are_refused():
+    class Draws(nn.Module):
+        calls = 0
+        def forward(self, x):
+            self.calls += 1
+            return nn.functional.dropout(x, .5) if self.calls<=4 else x*torch.rand(self.calls).mean()
+    y = Chunk(4, Draws())(torch.ones(1, 8, 16, requires_grad=True))
+    with pytest.raises(RuntimeError, match='Draws drew other random numbers when it was computed again'): y.sum().backward()

@@ -3,7 +3,7 @@ import sys
 import pytest, torch
 from reformer_nb.cli import main
 from reformer_nb.language_model import ReformerLM
-from reformer_nb.planner import Plan, extend, fit, longest_row, make_plan, plan, probe_limits, probe_sizes
+from reformer_nb.planner import Plan, extend, fit, id_bytes, longest_row, make_plan, plan, probe_limits, probe_sizes
 from reformer_nb.steps import count_weights, kept_bytes, measure
 
 small = dict(num_tokens=61, dim=32, depth=2, max_seq_len=257, heads=2, dim_head=16, bucket_size=16, n_hashes=2, causal=True)
@@ -146,3 +146,21 @@ def test_bucket_ids_of_further_layers(options, each):
         return make_plan(config, (8192, 1), training, None, {}, sizes, same).peak - kept_bytes(config, training)
     assert beyond_weights(23, True)-beyond_weights(3, True)==pytest.approx(20*8192*each, abs=64)
     assert beyond_weights(23, False)==pytest.approx(beyond_weights(3, False), abs=64)
+
+@pytest.mark.parametrize('options', (dict(full_attn_thres=-5), dict(reverse_thres=2.5), dict(attn_layers=('local', 'local'), full_attn_thres=64)), ids=str)
+def test_what_makes_no_model_has_no_plan(options):
+    with pytest.raises((TypeError, ValueError)) as wanted: ReformerLM(**small, **options)
+    with pytest.raises(type(wanted.value)) as found: plan({**small, **options}, 256, compare=False)
+    assert str(found.value)==str(wanted.value)
+
+@pytest.mark.parametrize('options', (dict(), dict(twin_attention=True), dict(n_local_attn_heads=1)), ids=str)
+def test_bucket_ids_are_those_that_are_kept(options):
+    "Bytes for each token and layer that autograd keeps as integers of two bytes"
+    def kept(depth):
+        model,found = ReformerLM(**{**small, **options, 'depth': depth}),{}
+        def note(o):
+            if o.dtype==torch.int16: found[o.untyped_storage().data_ptr()] = o.untyped_storage().nbytes()
+            return o
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda o: o): _loss = model.loss(torch.zeros(1, 257, dtype=torch.int64))
+        return sum(found.values())
+    assert kept(3)-kept(1)==2*256*id_bytes({**small, **options}, 256)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.checkpoint import checkpoint
+from reformer_nb.language_model import ReformerLM
 from reformer_nb.reformer import Reformer
 from reformer_nb.reversible_sequence import ReversibleSequence
 
@@ -456,6 +457,13 @@ def test_two_threads_draw_random_numbers():
         torch.testing.assert_close((leaf.grad*x).sum(), y.detach().sum())
     with ThreadPoolExecutor(4) as pool: list(pool.map(learn, range(80)))
 
+@pytest.mark.parametrize('options', (dict(ff_dropout=.3), dict(hash_seed=None)), ids=str)
+def test_two_threads_lower_the_loss(options):
+    "Which is computed in blocks, again in the backward pass"
+    torch.manual_seed(0)
+    model,texts = ReformerLM(20, 16, 1, 64, heads=2, dim_head=8, bucket_size=4, causal=True, **options),torch.randint(20, (80, 2, 65))
+    with ThreadPoolExecutor(4) as pool: list(pool.map(lambda o: model.loss(o).backward(), texts))
+
 # ---- hooks of users ------------------------------------------------------------------------------------------------
 
 def hooked_stack(kind, reverse_thres=0):
@@ -497,6 +505,7 @@ def test_an_old_backward_hook_is_refused():
     model,layer = hooked_stack('attention')
     layer.register_backward_hook(lambda module, dx, dy: None)
     with pytest.raises(RuntimeError, match='LSHSelfAttention has a hook of register_backward_hook.*use register_full_backward_hook'): model(hook_input)
+    with torch.no_grad(): assert model(hook_input).isfinite().all()
 
 def test_what_a_hook_keeps_has_no_way_back():
     kept = []
