@@ -128,7 +128,7 @@ class Circumstances:
 def save_nothing()->saved_tensors_hooks: # a context manager
     "Operations build their graph, but no tensor is kept for it"
     def refuse(_): raise RuntimeError('a tensor of a first pass that keeps no activations, such as a hook may have noted, has no way back to the weights; detach it, or set reverse_thres to run plainly')
-    return saved_tensors_hooks(lambda _: None, refuse)   # type: ignore[arg-type, return-value]
+    return saved_tensors_hooks(lambda _: None, refuse)
 
 # %% ../nbs/06b_replay.ipynb #named-weights
 def named_weights(
